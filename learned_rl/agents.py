@@ -1,0 +1,378 @@
+"""Agents, and `Population`: P agents of one architecture as one module with one parameter.
+
+`Population.theta [P, D]` holds every weight of every agent, a row each. So a restart or a copy of a lifetime is an
+index, an update rule is a handful of operations on one tensor however many layers there are, `higher` follows one
+fast weight, and an evolution strategy perturbs a population by adding a matrix. An architecture (`Agent`) is stateless:
+it names the shapes of one agent's weights and computes outputs from batches of weights `[P, ...]` with batched
+matrix products. A component may ask for extra heads; they appear in `AgentOutput.heads`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import gymnasium
+import torch
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import conv2d, embedding
+
+from learned_rl.distributions import Categorical, ClippedGaussian, Distribution, SquashedGaussian
+from learned_rl.types import UserError
+
+Weights = Mapping[str, Tensor]
+Activation = Literal["tanh", "relu"]
+_ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}
+
+
+@dataclass(frozen=True)
+class AgentOutput:
+    """What an agent says about a batch of observations with leading axes `[...]`, usually [T, P, B] or [P, B].
+
+    Attributes:
+        policy: action distribution.
+        value:  [...] V(obs), or None where the agent was asked for the policy alone or has no value head.
+        heads:  name -> [..., size] of the extra heads.
+    """
+
+    policy: Distribution
+    value: Tensor | None = None
+    heads: dict[str, Tensor] = field(default_factory=dict)
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> AgentOutput:
+        """The same output with `f` applied to each tensor (to slice rows, reshape or detach)."""
+        value = None if self.value is None else f(self.value)
+        return AgentOutput(self.policy.map(f), value, {k: f(v) for k, v in self.heads.items()})
+
+    def detach(self) -> AgentOutput:
+        """Values only; the caller says why."""
+        return self.map(torch.Tensor.detach)  # stop: as asked
+
+
+class PolicyHead:
+    """How many numbers the policy needs, and the distribution that they parametrise; none at all for `space=None`."""
+
+    def __init__(self, space: gymnasium.Space | None, gaussian: Literal["squashed", "clipped"] = "squashed") -> None:
+        if space is None:
+            self.size, self.continuous = 0, False
+        elif isinstance(space, Discrete):
+            self.size, self.continuous = int(space.n), False
+        elif isinstance(space, Box) and len(space.shape) == 1:
+            self.size, self.continuous = space.shape[0], True
+            self.low, self.high = torch.as_tensor(space.low), torch.as_tensor(space.high)
+            if gaussian == "squashed" and not bool(torch.isfinite(self.high - self.low).all()):
+                raise UserError("A squashed Gaussian needs finite action bounds; this space has none: use 'clipped'.")
+            self.kind = SquashedGaussian if gaussian == "squashed" else ClippedGaussian
+        else:
+            raise UserError(f"Action space {space} is not supported: expected Discrete or a one-dimensional Box.")
+
+    def __call__(self, numbers: Tensor, log_std: Tensor | None) -> Distribution:
+        if not self.continuous:
+            return Categorical(numbers)
+        assert log_std is not None
+        low, high = (x.to(numbers) for x in (self.low, self.high))
+        return self.kind(numbers, log_std.expand(numbers.shape), low, high)
+
+
+class Agent(ABC):
+    """An architecture without weights.
+
+    Attributes:
+        shapes: name -> shape of one agent's weights, in the order in which a row of theta holds them.
+        policy: the policy head.
+        heads:  name -> size of the extra heads.
+        value:  whether there is a value head.
+        obs_dim: number of axes of one observation, by which [P, B, ...] is told from [T, P, B, ...].
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def __init__(self, policy: PolicyHead, heads: Mapping[str, int], value: bool, obs_dim: int) -> None:
+        self.policy, self.heads, self.value, self.obs_dim = policy, dict(heads), value, obs_dim
+
+    @abstractmethod
+    def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh weights of one agent, float32."""
+
+    @abstractmethod
+    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
+        """Outputs [P, n, ...] from weights [P, ...] and observations [P, n, ...]."""
+
+    def _output(self, w: Weights, numbers: Tensor, value: Tensor | None, heads: dict[str, Tensor]) -> AgentOutput:
+        log_std = w["log_std"][:, None] if self.policy.continuous else None
+        return AgentOutput(self.policy(numbers, log_std), value, heads)
+
+
+class TabularAgent(Agent):
+    """One row of numbers per state: logits, then the extra heads, then the value; all zero at first."""
+
+    def __init__(self, states: int, policy: PolicyHead, heads: Mapping[str, int], value: bool) -> None:
+        super().__init__(policy, heads, value, obs_dim=0)
+        self.states = states
+        self.columns = [policy.size, *self.heads.values(), *([1] if value else [])]
+        self.shapes = {"table": (states, sum(self.columns))}
+        if policy.continuous:
+            self.shapes["log_std"] = (policy.size,)
+
+    def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+
+    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
+        P = obs.shape[0]
+        offset = torch.arange(P, device=obs.device)[:, None] * self.states
+        numbers, *rest = embedding(obs + offset, w["table"].reshape(P * self.states, -1)).split(self.columns, -1)
+        value = rest.pop().squeeze(-1) if self.value else None
+        return self._output(w, numbers, value, dict(zip(self.heads, rest, strict=True)))
+
+
+def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    """[P, n, in] -> [P, n, out] with each agent's own weights."""
+    return torch.baddbmm(w[f"{name}.bias"].unsqueeze(1), x, w[f"{name}.weight"])
+
+
+def _orthogonal(rows: int, columns: int, gain: float, generator: torch.Generator) -> Tensor:
+    """Orthogonal initialisation (Saxe et al., 2014), the usual one of PPO."""
+    q, r = torch.linalg.qr(torch.randn(max(rows, columns), min(rows, columns), generator=generator))
+    q = q * r.diagonal().sign()
+    return gain * (q if rows >= columns else q.T).contiguous()
+
+
+class MLPAgent(Agent):
+    """Separate perceptrons for the policy (with the extra heads) and for the value.
+
+    Args:
+        shape:  of one observation; it is flattened.
+        hidden: widths of the hidden layers.
+        shared: one trunk for policy and value instead.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        policy: PolicyHead,
+        heads: Mapping[str, int],
+        value: bool,
+        hidden: Sequence[int] = (64, 64),
+        activation: Activation = "tanh",
+        shared: bool = False,
+    ) -> None:
+        super().__init__(policy, heads, value, len(shape))
+        self.activation, self.depth, self.shared = _ACTIVATIONS[activation], len(hidden), shared
+        sizes = [math.prod(shape), *hidden]
+        self.layers: dict[str, tuple[int, int, float]] = {}  # name -> (in, out, gain)
+        for trunk in ["trunk"] if shared or not value else ["trunk", "value_trunk"]:
+            for i in range(self.depth):
+                self.layers[f"{trunk}{i}"] = (sizes[i], sizes[i + 1], math.sqrt(2))
+        self.layers["policy"] = (sizes[-1], policy.size, 0.01)
+        self.layers |= {f"head_{k}": (sizes[-1], size, 0.01) for k, size in self.heads.items()}
+        if value:
+            self.layers["value"] = (sizes[-1], 1, 1.0)
+        self.shapes = {}
+        for name, (n_in, n_out, _) in self.layers.items():
+            self.shapes |= {f"{name}.weight": (n_in, n_out), f"{name}.bias": (n_out,)}
+        if policy.continuous:
+            self.shapes["log_std"] = (policy.size,)
+
+    def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        weights = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
+        for name, (n_in, n_out, gain) in self.layers.items():
+            weights[f"{name}.weight"] = _orthogonal(n_in, n_out, gain, generator)
+        return weights
+
+    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
+        return self._from_features(w, obs.flatten(2), policy_only)
+
+    def _from_features(self, w: Weights, features: Tensor, policy_only: bool) -> AgentOutput:
+        x = self._trunk(w, "trunk", features)
+        numbers = _linear(w, "policy", x)
+        if policy_only:
+            return self._output(w, numbers, None, {})
+        value = None
+        if self.value:
+            y = x if self.shared else self._trunk(w, "value_trunk", features)
+            value = _linear(w, "value", y).squeeze(-1)
+        return self._output(w, numbers, value, {k: _linear(w, f"head_{k}", x) for k in self.heads})
+
+    def _trunk(self, w: Weights, trunk: str, x: Tensor) -> Tensor:
+        for i in range(self.depth):
+            x = self.activation(_linear(w, f"{trunk}{i}", x))
+        return x
+
+
+class ConvAgent(MLPAgent):
+    """One 3x3 convolution over image planes `[C, H, W]`, then a shared perceptron.
+
+    The network of MinAtar's reference agents (Young & Tian, 2019, arXiv:1903.03176): 16 channels, then 128 units.
+    """
+
+    def __init__(
+        self,
+        planes: tuple[int, int, int],
+        policy: PolicyHead,
+        heads: Mapping[str, int],
+        value: bool,
+        channels: int = 16,
+        hidden: Sequence[int] = (128,),
+        activation: Activation = "relu",
+    ) -> None:
+        c, h, w = planes
+        if min(h, w) < 3:
+            raise UserError(f"A convolution of 3x3 does not fit planes of {h}x{w}: use the 'mlp' agent.")
+        super().__init__((channels, h - 2, w - 2), policy, heads, value, hidden, activation, shared=True)
+        self.planes, self.channels = planes, channels
+        self.shapes = {"conv.weight": (channels, c, 3, 3), "conv.bias": (channels,), **self.shapes}
+
+    def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        weights = super().initial(generator)
+        kernel = _orthogonal(self.channels, self.planes[0] * 9, math.sqrt(2), generator)
+        weights["conv.weight"] = kernel.reshape(self.shapes["conv.weight"])
+        return weights
+
+    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
+        P, n = obs.shape[:2]
+        # One grouped convolution over all agents: a group of channels each.
+        planes = obs.transpose(0, 1).reshape(n, P * self.planes[0], *self.planes[1:])
+        kernel = w["conv.weight"].reshape(P * self.channels, self.planes[0], 3, 3)
+        x = self.activation(conv2d(planes, kernel, w["conv.bias"].reshape(-1), groups=P))
+        features = x.reshape(n, P, -1).transpose(0, 1)
+        return self._from_features(w, features, policy_only)
+
+
+class ModuleAgent(Agent):
+    """Any `nn.Module` as an architecture, through `torch.func`.
+
+    Args:
+        module: maps observations `[n, ...]` to a dictionary with "policy" `[n, policy.size]`, "value" `[n]` or
+                `[n, 1]`, and one entry per extra head. Buffers are shared by all agents and not updated.
+        initialise: draws fresh parameters in place; default: every submodule's `reset_parameters`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        policy: PolicyHead,
+        obs_dim: int,
+        heads: Mapping[str, int] | None = None,
+        value: bool = True,
+        initialise: Callable[[nn.Module], None] | None = None,
+    ) -> None:
+        super().__init__(policy, heads or {}, value, obs_dim)
+        self.module = module
+        self._initialise = initialise or _reset_parameters
+        self.shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        if policy.continuous:
+            self.shapes["log_std"] = (policy.size,)
+
+    def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
+        # Modules draw from torch's global generator: lend it a seed from ours, and leave it as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            self._initialise(self.module)
+        weights = {name: p.detach().clone() for name, p in self.module.named_parameters()}  # stop: initial values
+        return weights | ({"log_std": torch.zeros(self.policy.size)} if self.policy.continuous else {})
+
+    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
+        own = {name: w[name] for name in w if name != "log_std"}
+        out = torch.vmap(lambda p, x: functional_call(self.module, p, (x,)))(own, obs)
+        value = out["value"].reshape(obs.shape[:2]) if self.value else None
+        return self._output(w, out["policy"], value, {k: out[k] for k in self.heads})
+
+
+def _reset_parameters(module: nn.Module) -> None:
+    for m in module.modules():
+        if callable(reset := getattr(m, "reset_parameters", None)):
+            reset()
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """Which architecture, and how large."""
+
+    kind: Literal["auto", "tabular", "mlp", "conv"] = "auto"
+    """architecture; auto takes tabular for Discrete observations, conv for planes [C, H, W], else mlp"""
+    hidden: tuple[int, ...] = (64, 64)
+    """widths of the hidden layers, in units (conv: after the convolution)"""
+    activation: Activation = "tanh"
+    """between layers"""
+    channels: int = 16
+    """channels of the convolution"""
+    shared: bool = False
+    """one trunk for policy and value (mlp)"""
+    gaussian: Literal["squashed", "clipped"] = "squashed"
+    """continuous actions: Gaussian squashed by tanh, or clipped at the bounds"""
+
+
+def make_agent(
+    config: AgentConfig,
+    observation_space: gymnasium.Space,
+    action_space: gymnasium.Space | None,
+    heads: Mapping[str, int] | None = None,
+    value: bool = True,
+) -> Agent:
+    """The agent that `config` describes for these spaces; without actions (None) it only values.
+
+    Raises:
+        UserError: the architecture does not take such observations, or the action space is of another kind.
+    """
+    policy, heads = PolicyHead(action_space, config.gaussian), heads or {}
+    shape, kind = observation_space.shape, config.kind
+    discrete = isinstance(observation_space, Discrete)
+    planes = not discrete and shape is not None and len(shape) == 3
+    if kind == "auto":
+        kind = "tabular" if discrete else "conv" if planes and shape is not None and min(shape[1:]) >= 3 else "mlp"
+    if (kind == "tabular") != discrete or (kind == "conv" and not planes) or shape is None:
+        raise UserError(f"A {kind!r} agent does not take observations of {observation_space}: try kind='auto'.")
+    if isinstance(observation_space, Discrete):
+        return TabularAgent(int(observation_space.n), policy, heads, value)
+    if kind == "conv":
+        hidden, planes_shape = config.hidden, (shape[0], shape[1], shape[2])
+        return ConvAgent(planes_shape, policy, heads, value, config.channels, hidden, config.activation)
+    return MLPAgent(shape, policy, heads, value, config.hidden, config.activation, config.shared)
+
+
+class Population(nn.Module):
+    """P agents of one architecture.
+
+    Attributes:
+        theta: [P, D] parameters, one agent a row.
+    """
+
+    def __init__(self, agent: Agent, lifetimes: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.agent = agent
+        self.sizes = [math.prod(shape) for shape in agent.shapes.values()]
+        self.theta = nn.Parameter(torch.zeros(lifetimes, sum(self.sizes), dtype=dtype))
+
+    def initial(self, generator: torch.Generator) -> Tensor:
+        """One fresh row of theta, `[D]`."""
+        weights = self.agent.initial(generator)
+        return torch.cat([weights[name].flatten() for name in self.agent.shapes]).to(self.theta)
+
+    def weights(self, theta: Tensor) -> dict[str, Tensor]:
+        """name -> [P, ...]: views of the rows of theta."""
+        pieces = theta.split(self.sizes, 1)
+        named = zip(self.agent.shapes.items(), pieces, strict=True)
+        return {name: x.unflatten(1, shape) if shape else x.squeeze(1) for (name, shape), x in named}
+
+    def bind(self, theta: Tensor, policy_only: bool = False) -> Callable[[Tensor], AgentOutput]:
+        """A function of observations with the weights `theta [P, D]` already taken apart (for acting step by step)."""
+        weights = self.weights(theta)
+
+        def call(obs: Tensor) -> AgentOutput:
+            if obs.dim() == self.agent.obs_dim + 2:
+                return self.agent.forward(weights, obs, policy_only)
+            T, P, B = obs.shape[:3]
+            flat = obs.transpose(0, 1).reshape(P, T * B, *obs.shape[3:])
+            out = self.agent.forward(weights, flat, policy_only)
+            return out.map(lambda x: x.unflatten(1, (T, B)).transpose(0, 1))
+
+        return call
+
+    def forward(self, obs: Tensor) -> AgentOutput:
+        """Outputs `[T, P, B, ...]` or `[P, B, ...]`, following the observations' leading axes."""
+        return self.bind(self.theta)(obs)

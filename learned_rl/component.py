@@ -1,0 +1,263 @@
+"""What a learned part is: a module that fits one of the five slots of the algorithm.
+
+| slot | base class | says | hand-made default |
+|---|---|---|---|
+| objective | `Objective` | what is minimised | PPO's clipped surrogate |
+| reward | `Reward` | what is rewarded | the environment's reward |
+| hyperparameters | `Hyperparameters` | gamma, lambda, costs, step size | the configured constants |
+| auxiliary | `Auxiliary` | what else is predicted | nothing |
+| optimizer | `UpdateRule` | how parameters move | Adam |
+
+A component's parameters are the meta-parameters `eta`. It is told about the agents only through tensors with a
+lifetime axis `P`, and must treat lifetimes alike and apart, so that one call serves one agent or hundreds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+from learned_rl.agents import AgentOutput
+from learned_rl.trajectory import Trajectory
+from learned_rl.types import Tree, UserError
+
+SLOTS = ("objective", "reward", "hyperparameters", "auxiliary", "optimizer")
+
+Scalar = float | Tensor
+
+
+def learnable(default: float | None, doc: str) -> Any:
+    """A hyperparameter that may be a tensor with a gradient; the marker that self-tuning components look for."""
+    return field(default=default, metadata={"learnable": True, "doc": doc})
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The numbers of one update. Each is a float for all lifetimes or a tensor [P, 1] with one for each."""
+
+    learning_rate: Scalar = learnable(3e-4, "step size of the agent's update rule")
+    gamma: Scalar = learnable(0.99, "discount per environment step")
+    gae_lambda: Scalar = learnable(0.95, "trace decay of the advantage")
+    clip_range: Scalar = learnable(0.2, "how far the probability ratio may move from 1")
+    clip_range_vf: Scalar | None = learnable(None, "how far the value may move in one update; None: freely")
+    ent_coef: Scalar = learnable(0.0, "weight of the policy's entropy (nats) in the loss")
+    vf_coef: Scalar = learnable(0.5, "weight of the value loss")
+    aux_coef: Scalar = learnable(1.0, "weight of an objective's own prediction loss and of the auxiliary loss")
+    max_grad_norm: Scalar = learnable(0.5, "bound on the norm of one agent's gradient; infinity: none")
+
+    def replace(self, **changes: Scalar | None) -> Hyper:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where each lifetime stands when an update begins.
+
+    Attributes:
+        age:     [P] agent updates that are done.
+        horizon: [P] agent updates that a lifetime has in all.
+        memory:  what the components carry through a lifetime: name -> [P, ...].
+    """
+
+    age: Tensor
+    horizon: Tensor
+    memory: Tree
+
+    @property
+    def progress(self) -> Tensor:
+        """[P] share of the lifetime that is over, from 0 to 1."""
+        return self.age / self.horizon
+
+
+class Component(nn.Module):
+    """A learned (or hand-made) part of the algorithm.
+
+    Attributes:
+        slot:     which of `SLOTS` it fills.
+        name:     under which it is registered and saved.
+        contract: version of what it reads and returns; raised whenever saved weights would change their meaning.
+        config:   a frozen dataclass of plain values that rebuilds it.
+    """
+
+    slot: ClassVar[str]
+    name: ClassVar[str]
+    contract: ClassVar[int] = 1
+    Config: ClassVar[type]
+    config: Any
+
+    @classmethod
+    def from_config(cls, values: dict[str, Any]) -> Self:
+        """Rebuild from the plain values of a saved config.
+
+        Raises:
+            UserError: a value that this version of the component does not know.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls.Config)}
+        for key in values:
+            if key not in fields:
+                raise UserError(f"Component {cls.name!r} has no setting {key!r}; it knows {', '.join(fields)}.")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(cls.Config(**values))
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+        self.config = self.Config() if config is None else config
+
+    def initial_memory(self, lifetimes: int) -> Tree:
+        """What a fresh lifetime carries: name -> [P, ...]; restarts with it."""
+        return {}
+
+    def heads(self, action_space: gymnasium.Space) -> dict[str, int]:
+        """Extra heads that the agents must have: name -> size."""
+        return {}
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    """For components without settings."""
+
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, Tensor]
+
+
+class Objective(Component):
+    """What the agent minimises.
+
+    `prepare` runs once an update, on all of its experience; `loss` runs on every minibatch. A loss must depend on
+    `theta` only through `out`; whatever `prepare` makes of theta is a constant of the inner gradient.
+    """
+
+    slot = "objective"
+    needs_value: ClassVar[bool] = True
+
+    @abstractmethod
+    def prepare(
+        self, trajectory: Trajectory, out: AgentOutput, next_value: Tensor | None, hyper: Hyper, context: Context
+    ) -> tuple[Batch, Tree]:
+        """Targets of the update.
+
+        Args:
+            trajectory: experience [T, P, B]; its reward is what the reward slot made of it.
+            out:        [T+1, P, B] outputs at the parameters that acted.
+            next_value: [T, P, B] value of the state each step led to (None if `needs_value` is false).
+            hyper:      numbers of this update.
+            context:    age, horizon and memory of each lifetime.
+
+        Returns:
+            batch:  name -> [T, P, B, ...], from which minibatches are drawn.
+            memory: the objective's memory after this update.
+        """
+
+    @abstractmethod
+    def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
+        """The loss of each lifetime on a minibatch.
+
+        Args:
+            out:   outputs [..., P, b] at the present parameters ([T, P, B] or [P, b]).
+            batch: the rows of `prepare`'s batch that belong to `out`, and "action", "log_prob".
+            hyper: numbers of this update.
+
+        Returns:
+            loss:    [P].
+            metrics: name -> [P], detached.
+        """
+
+    def meta_regularisers(self, out: AgentOutput, batch: Batch) -> Metrics:
+        """Terms [P] that meta-training may add to its loss, with gradient; by name."""
+        return {}
+
+
+class Reward(Component):
+    """What is rewarded: a function of the trajectory that replaces its reward, differentiable in `eta`."""
+
+    slot = "reward"
+
+    @abstractmethod
+    def forward(self, trajectory: Trajectory, context: Context) -> tuple[Tensor, Tree]:
+        """[T, P, B] reward per environment step, and the component's memory after this update."""
+
+
+class Hyperparameters(Component):
+    """The numbers of an update, as a function of where the lifetime stands."""
+
+    slot = "hyperparameters"
+
+    @abstractmethod
+    def forward(self, base: Hyper, trajectory: Trajectory, context: Context) -> tuple[Hyper, Tree]:
+        """The numbers to use, from the configured ones, and the component's memory after this update."""
+
+
+class Auxiliary(Component):
+    """What else is predicted: a second loss on heads of its own."""
+
+    slot = "auxiliary"
+
+    @abstractmethod
+    def prepare(self, trajectory: Trajectory, out: AgentOutput, context: Context) -> Batch:
+        """Targets, name -> [T, P, B, ...]; names must not clash with the objective's."""
+
+    @abstractmethod
+    def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> Tensor:
+        """[P], added to the objective's loss with weight `hyper.aux_coef`."""
+
+
+class UpdateRule(Component):
+    """How parameters move: a pure function of gradient, state and parameters.
+
+    Rows are independent: row p of everything belongs to lifetime p.
+    """
+
+    slot = "optimizer"
+
+    @abstractmethod
+    def initial_state(self, theta: Tensor) -> Tree:
+        """State of fresh rows: name -> [P, ...]."""
+
+    @abstractmethod
+    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+        """The step to add to theta, and the new state; differentiable, nothing in place.
+
+        Args:
+            grad, theta:   [P, D].
+            learning_rate: a float, or a tensor that broadcasts against [P, D].
+        """
+
+
+def lifetime_mean(x: Tensor) -> Tensor:
+    """Mean of [..., P, b] over all axes but P: `[P]`. The one way in which losses are reduced."""
+    return x.mean(-1) if x.dim() == 2 else x.mean((0, 2))
+
+
+class Shield(torch.autograd.Function):
+    """Identity whose gradient is zero in every lifetime where it is not finite.
+
+    Components share `eta` over lifetimes, so one lifetime that overflowed would turn the sum of meta-gradients into
+    NaN even with weight zero (0 * inf). The shield stands where a component's outputs enter a lifetime's own losses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        finite = grad.isfinite()
+        if bool(finite.all()):
+            return grad, None
+        axes = [i for i in range(grad.dim()) if i != ctx.axis]
+        keep = finite.all(axes, keepdim=True) if axes else finite  # type: ignore[call-overload]
+        return torch.where(keep, grad, torch.zeros_like(grad)), None
+
+
+def shield(x: Tensor, axis: int) -> Tensor:
+    """See `Shield`; `axis` is the lifetime axis of x. Costs nothing where x carries no gradient."""
+    return Shield.apply(x, axis) if x.requires_grad else x

@@ -1,0 +1,120 @@
+"""How a population moves: in place for plain training, or through `higher` so that the outer loop can look back.
+
+Both kinds offer the same three things: `agent(obs)` at the present parameters, `theta` (their values), and
+`step(loss, hyper)`. The algorithm does not know which one it drives. Every touch of `higher`, its private parts too,
+is in this file.
+
+A window is one `GraphInner`: it begins at constants, and `carry` returns constants, so that lifetimes longer than a
+window are truncated backpropagation with the optimizer's state carried over.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import higher
+import torch
+from higher.optim import DifferentiableOptimizer
+from torch import Tensor
+
+from learned_rl.agents import AgentOutput, Population
+from learned_rl.component import Hyper, UpdateRule
+from learned_rl.types import Tree
+from learned_rl.update_rules import RuleOptimizer, clip_norm, select_rows
+
+
+class Inner(ABC):
+    """A population with its optimizer state, and one way of moving it."""
+
+    graph: bool
+
+    def __init__(self, population: Population, rule: UpdateRule, state: Tree) -> None:
+        self.population, self.rule, self.state = population, rule, state
+
+    @property
+    @abstractmethod
+    def theta(self) -> Tensor:
+        """[P, D] present parameters, with their graph if there is one."""
+
+    @abstractmethod
+    def agent(self, obs: Tensor) -> AgentOutput:
+        """Outputs at the present parameters."""
+
+    @abstractmethod
+    def step(self, loss: Tensor, hyper: Hyper, active: Tensor | None = None) -> None:
+        """One step on the losses `[P]` (each lifetime descends its own); only where `active [P]`, if given."""
+
+    def _move(self, grad: Tensor, theta: Tensor, hyper: Hyper, active: Tensor | None) -> tuple[Tensor, Tree]:
+        """New parameters and state from the gradient; out of place."""
+        clipped = clip_norm(grad, hyper.max_grad_norm)
+        step, state = self.rule.update(clipped, self.state, theta, hyper.learning_rate)
+        if active is not None:
+            step = select_rows(active, step, torch.zeros_like(step))
+            state = {k: select_rows(active, v, self.state[k]) for k, v in state.items()}
+        return step, state
+
+
+class PlainInner(Inner):
+    """Ordinary training: no graph, parameters move in place."""
+
+    graph = False
+
+    @property
+    def theta(self) -> Tensor:
+        return self.population.theta
+
+    def agent(self, obs: Tensor) -> AgentOutput:
+        return self.population(obs)
+
+    def step(self, loss: Tensor, hyper: Hyper, active: Tensor | None = None) -> None:
+        (grad,) = torch.autograd.grad(loss.sum(), self.population.theta)
+        with torch.no_grad():
+            step, self.state = self._move(grad, self.population.theta, hyper, active)
+            self.population.theta.add_(step)
+
+
+class GraphInner(Inner):
+    """A window of the outer loop: every step keeps its graph, through `higher`."""
+
+    graph = True
+
+    def __init__(self, population: Population, rule: UpdateRule, state: Tree) -> None:
+        super().__init__(population, rule, state)
+        # copy_initial_weights: the window begins at a detached copy, so the population itself stays as it was.
+        self._fast = higher.monkeypatch(population, copy_initial_weights=True)
+        torch_side = RuleOptimizer([population.theta], rule, rows=True)
+        self._optimizer = _HigherRule(torch_side, [population.theta], fmodel=self._fast)
+        self._optimizer.inner = self
+
+    @property
+    def theta(self) -> Tensor:
+        return self._fast.fast_params[0]
+
+    def agent(self, obs: Tensor) -> AgentOutput:
+        return self._fast(obs)
+
+    def step(self, loss: Tensor, hyper: Hyper, active: Tensor | None = None) -> None:
+        self._optimizer.hyper, self._optimizer.active = hyper, active
+        self._optimizer.step(loss.sum())
+        # `higher` keeps every version of the parameters; the graph holds those that it needs.
+        del self._fast._fast_params[:-1]
+
+    def carry(self) -> tuple[Tensor, Tree]:
+        """Parameters and optimizer state at the end of the window, as constants."""
+        # stop: the window's end; what follows begins at constants
+        return self.theta.detach(), {k: v.detach() for k, v in self.state.items()}
+
+
+class _HigherRule(DifferentiableOptimizer):
+    """An update rule as `higher` wants it. The rule's state lives in the window (`GraphInner.state`), not here."""
+
+    inner: GraphInner
+    hyper: Hyper
+    active: Tensor | None
+
+    def _update(self, grouped_grads: list[list[Tensor]], **kwargs: Any) -> None:
+        (group,), ((grad,),) = self.param_groups, grouped_grads
+        (theta,) = group["params"]
+        step, self.inner.state = self.inner._move(grad, theta, self.hyper, self.active)
+        group["params"][0] = theta + step

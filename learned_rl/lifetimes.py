@@ -1,0 +1,302 @@
+"""P agents with ages, tasks, optimizer state and environments: everything that lives through a lifetime.
+
+`advance` is one agent update (collect, update, age), whoever drives it: plain training, a window of the outer loop,
+or evaluation. Lifetimes restart alone, each from a random stream of its own, so that what one does never changes what
+another draws. `state_dict` holds everything that the next update depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from learned_rl.agents import AgentOutput, Population
+from learned_rl.component import Context, Hyper
+from learned_rl.distributions import Distribution, stack
+from learned_rl.inner_loop import GraphInner, Inner, PlainInner
+from learned_rl.ppo import Algorithm, UpdateRecord
+from learned_rl.tasks.base import Split, TaskFamily
+from learned_rl.trajectory import Trajectory
+from learned_rl.types import Tasks, Tree
+
+
+def stream(*names: object) -> torch.Generator:
+    """A generator of its own for whatever the names identify."""
+    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+@torch.no_grad()
+def rollout(
+    policy: Callable[[Tensor], AgentOutput],
+    env: object,
+    obs: Tensor,
+    steps: int,
+    generator: torch.Generator,
+    greedy: bool = False,
+) -> Trajectory:
+    """Act for `steps` steps in every copy.
+
+    Args:
+        policy: outputs [P, B, ...] from observations [P, B, ...].
+        env:    a vector environment over N = P * B copies (see `learned_rl.tasks.base`).
+        obs:    [P, B, ...] where to begin.
+        greedy: take the most likely action instead of a sample.
+
+    Returns:
+        Experience [T, P, B]; its last row of observations is where the next rollout begins.
+    """
+    lead = obs.shape[:2]
+    seen, actions, rewards, terminations, truncations, finals = [obs], [], [], [], [], []
+    policies: list[Distribution] = []
+    for _ in range(steps):
+        distribution = policy(obs).policy
+        action = distribution.mode() if greedy else distribution.sample(generator)
+        obs, reward, terminated, truncated, info = env.step(distribution.to_env(action).flatten(0, 1))  # type: ignore[attr-defined]
+        obs = obs.unflatten(0, lead)
+        seen.append(obs)
+        policies.append(distribution)
+        actions.append(action)
+        rewards.append(reward)
+        terminations.append(terminated)
+        truncations.append(truncated)
+        finals.append(info["final_obs"])
+    action = torch.stack(actions)
+    truncated = torch.stack(truncations).unflatten(1, lead)
+    return Trajectory(
+        obs=torch.stack(seen),
+        action=action,
+        log_prob=stack(policies).log_prob(action),
+        reward=torch.stack(rewards).unflatten(1, lead),
+        terminated=torch.stack(terminations).unflatten(1, lead),
+        truncated=truncated,
+        final_obs=torch.stack(finals).unflatten(1, lead) if bool(truncated.any()) else None,
+    )
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Episodes that ended within a rollout, per lifetime.
+
+    Attributes:
+        count:   [P] how many.
+        returns: [P] sum of their undiscounted returns.
+        lengths: [P] sum of their lengths, in environment steps.
+    """
+
+    count: Tensor
+    returns: Tensor
+    lengths: Tensor
+
+
+class EpisodeTracker:
+    """Returns and lengths of episodes that may span many rollouts."""
+
+    def __init__(self, lifetimes: int, copies: int, device: torch.device | str, dtype: torch.dtype) -> None:
+        self.running = torch.zeros(2, lifetimes, copies, device=device, dtype=dtype)  # return so far, length so far
+
+    def __call__(self, trajectory: Trajectory) -> Episodes:
+        reward, done = trajectory.reward, trajectory.done
+        T = len(reward)
+        totals = torch.stack([reward, torch.ones_like(reward)]).cumsum(1) + self.running[:, None]  # [2, T, P, B]
+        steps = torch.arange(T, device=reward.device)[:, None, None]
+        last = torch.where(done, steps, -1).cummax(0).values  # latest episode end up to and including t
+        # The total at the episode end before t is what earlier episodes of this copy had collected.
+        before = torch.cat([torch.full_like(last[:1], -1), last[:-1]])
+        base = torch.where(before >= 0, totals.gather(1, before.clamp(min=0).expand_as(totals)), 0)
+        ended = ((totals - base) * done).sum((1, 3))
+        tail = torch.where(last[-1] >= 0, totals.gather(1, last[-1:].clamp(min=0).expand(2, *last[-1:].shape))[:, 0], 0)
+        self.running = totals[:, -1] - tail
+        return Episodes(done.sum((0, 2)), ended[0], ended[1])
+
+    def reset(self, lifetime: int) -> None:
+        self.running[:, lifetime] = 0
+
+
+class Lifetimes:
+    """P lifetimes of one algorithm on one task family.
+
+    Args:
+        family:    where tasks come from.
+        algorithm: the update; its components are shared by all lifetimes.
+        lifetimes: P.
+        horizon:   agent updates in a lifetime; a pair (low, high) draws each lifetime's log-uniformly.
+        seed:      every random stream derives from it and from its own name.
+        tasks:     the P tasks; None draws them, and draws a new one whenever a lifetime restarts.
+        split:     the side of the family from which tasks are drawn.
+        hyper:     configured numbers, each a float or [P, 1]; None: those of the algorithm's config.
+    """
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        algorithm: Algorithm,
+        lifetimes: int,
+        horizon: int | tuple[int, int],
+        seed: int,
+        *,
+        tasks: Tasks | None = None,
+        split: Split = "train",
+        hyper: Hyper | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.family, self.algorithm, self.seed, self.split = family, algorithm, seed, split
+        self.hyper = hyper or algorithm.config.hyper
+        self.device, self.dtype = torch.device(device), dtype
+        self.fixed_tasks = tasks is not None
+        agent = algorithm.make_agent(family.observation_space, family.action_space)
+        self.population = Population(agent, lifetimes, dtype).to(device)
+        self.optimizer_state = algorithm.slots.optimizer.initial_state(self.population.theta.detach())
+        self.memory = {k: v.to(device) for k, v in algorithm.initial_memory(lifetimes).items()}
+        self.age = torch.zeros(lifetimes, device=device)
+        self.horizon = torch.zeros(lifetimes, device=device)
+        self.horizon_range = horizon if isinstance(horizon, tuple) else (horizon, horizon)
+        self.life = torch.zeros(lifetimes, dtype=torch.int64)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        tasks = tasks if tasks is not None else self._draw_tasks(range(lifetimes))
+        self.env = family.make(tasks, algorithm.config.n_envs, seed, device)
+        self.obs = self._shaped(self.env.reset(seed=seed)[0])
+        self.episodes = EpisodeTracker(lifetimes, algorithm.config.n_envs, device, dtype)
+        for p in range(lifetimes):
+            self._fresh_agent(p)
+
+    def __len__(self) -> int:
+        return len(self.population.theta)
+
+    # --- what happens in a lifetime ----------------------------------------------------------------------------
+
+    def plain(self) -> PlainInner:
+        """The population, to be moved in place."""
+        return PlainInner(self.population, self.algorithm.slots.optimizer, self.optimizer_state)
+
+    def window(self) -> GraphInner:
+        """The population, to be moved in a graph from where it stands; `commit` makes the end of it the present."""
+        return GraphInner(self.population, self.algorithm.slots.optimizer, self.optimizer_state)
+
+    def collect(self, inner: Inner, steps: int | None = None) -> Trajectory:
+        """Experience at the inner loop's present parameters; environments go on from where they were."""
+        policy = self.population.bind(inner.theta.detach(), policy_only=True)  # stop: acting makes data
+        trajectory = rollout(policy, self.env, self.obs, steps or self.algorithm.config.n_steps, self.generator)
+        self.obs = trajectory.obs[-1]
+        return trajectory if self.dtype == torch.float32 else _cast(trajectory, self.dtype)
+
+    def advance(self, inner: Inner, trajectory: Trajectory | None = None) -> tuple[UpdateRecord, Episodes]:
+        """One agent update of every lifetime, on fresh experience unless some is given."""
+        fresh = trajectory is None
+        trajectory = self.collect(inner) if trajectory is None else trajectory
+        context = Context(self.age, self.horizon, self.memory)
+        record = self.algorithm.update(inner, trajectory, context, self.hyper, self.generator)
+        self.memory = record.memory
+        if not inner.graph:
+            self.optimizer_state = inner.state
+        self.age = self.age + 1
+        return record, self.episodes(trajectory) if fresh else Episodes(*[torch.zeros_like(self.age)] * 3)
+
+    @torch.no_grad()
+    def commit(self, inner: GraphInner) -> None:
+        """Make the end of a window the present, as constants."""
+        theta, self.optimizer_state = inner.carry()
+        self.population.theta.copy_(theta)
+        self.memory = {k: v.detach() for k, v in self.memory.items()}  # stop: the window's end
+
+    # --- restarts ----------------------------------------------------------------------------------------------
+
+    def finished(self) -> Tensor:
+        """[P] bool: lifetimes whose updates are spent."""
+        return self.age >= self.horizon
+
+    def restart(self, which: Tensor) -> None:
+        """Fresh agents (and fresh tasks, unless they were given) for the lifetimes where `which [P]` is true."""
+        index = which.nonzero().flatten().cpu()
+        if not len(index):
+            return
+        self.life[index] += 1
+        if not self.fixed_tasks:
+            obs = self.env.set_tasks(index, self._draw_tasks(index.tolist()))
+            self.obs = torch.where(_rows(which, self.obs), self._shaped(obs), self.obs)
+        fresh_memory = {k: v.to(self.device) for k, v in self.algorithm.initial_memory(len(self)).items()}
+        self.memory = {k: torch.where(_rows(which, v), fresh_memory[k], v) for k, v in self.memory.items()}
+        self.age = torch.where(which, torch.zeros_like(self.age), self.age)
+        for p in index.tolist():
+            self._fresh_agent(p)
+            self.episodes.reset(p)
+
+    def stagger(self, multiple: int = 1) -> None:
+        """Let the first lifetimes end early, one after the other, so that ages spread over the horizon for good.
+
+        Args:
+            multiple: lifetimes last a multiple of this many updates (the outer loop's window).
+        """
+        share = torch.arange(1, len(self) + 1, device=self.device) / len(self)
+        self.horizon = (self.horizon * share / multiple).ceil().clamp(min=1) * multiple
+
+    @torch.no_grad()
+    def _fresh_agent(self, p: int) -> None:
+        low, high = (math.log(h) for h in self.horizon_range)
+        uniform = torch.rand((), generator=stream("horizon", self.seed, p, int(self.life[p]))).item()
+        self.horizon[p] = round(math.exp(low + (high - low) * uniform))
+        row = self.population.initial(stream("agent", self.seed, p, int(self.life[p])))
+        self.population.theta[p] = row.to(self.device)
+        fresh = self.algorithm.slots.optimizer.initial_state(self.population.theta[p : p + 1])
+        for name, value in fresh.items():
+            self.optimizer_state[name] = self.optimizer_state[name].clone()
+            self.optimizer_state[name][p] = value[0]
+
+    def _draw_tasks(self, lifetimes: object) -> Tasks:
+        draws = [
+            self.family.sample(1, stream(self.split, self.seed, p, int(self.life[p])))
+            for p in lifetimes  # type: ignore[attr-defined]
+        ]
+        return {k: torch.cat([d[k] for d in draws]) for k in draws[0]}
+
+    def _shaped(self, obs: Tensor) -> Tensor:
+        return obs.unflatten(0, (len(self.population.theta), -1))
+
+    # --- save and resume ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> Tree:
+        """Tensors only; loading them continues to the same numbers."""
+        named = {"theta": self.population.theta.detach(), "obs": self.obs, "age": self.age, "life": self.life}
+        named |= {"horizon": self.horizon, "running": self.episodes.running, "generator": self.generator.get_state()}
+        named |= {f"hyper/{k}": v for k, v in vars(self.hyper).items() if isinstance(v, Tensor)}
+        for prefix, tree in (
+            ("optimizer", self.optimizer_state),
+            ("memory", self.memory),
+            ("env", self.env.state_dict()),
+        ):
+            named |= {f"{prefix}/{k}": v for k, v in tree.items()}
+        return {k: v.clone() for k, v in named.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Tree) -> None:
+        state = {k: v.to(self.device) if "generator" not in k else v for k, v in state.items()}
+        self.population.theta.copy_(state["theta"])
+        self.obs, self.age, self.horizon = state["obs"], state["age"], state["horizon"]
+        self.life, self.episodes.running = state["life"].cpu(), state["running"]
+        self.generator.set_state(state["generator"])
+        self.hyper = self.hyper.replace(**under("hyper", state))
+        self.optimizer_state, self.memory = under("optimizer", state), under("memory", state)
+        self.env.load_state_dict(under("env", state))
+
+
+def under(prefix: str, tree: Tree) -> Tree:
+    """The branch of a flat tree whose names begin with `prefix/`, without it."""
+    return {k.removeprefix(f"{prefix}/"): v for k, v in tree.items() if k.startswith(f"{prefix}/")}
+
+
+def _rows(which: Tensor, like: Tensor) -> Tensor:
+    return which.view(-1, *[1] * (like.dim() - 1))
+
+
+def _cast(trajectory: Trajectory, dtype: torch.dtype) -> Trajectory:
+    """Floating-point tensors in another precision (environments compute in float32)."""
+    fields = {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in vars(trajectory).items()
+    }
+    return Trajectory(**fields)

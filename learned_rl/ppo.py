@@ -1,0 +1,264 @@
+"""PPO with five slots. The same update serves plain training, meta-training in a graph, and evaluation.
+
+An update reads one trajectory, asks each slot for its part, and moves the population through an `Inner`. What the
+inner loop is, in place or differentiable, the update does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+import gymnasium
+import torch
+from torch import Tensor
+
+from learned_rl.agents import Agent, AgentConfig, AgentOutput, make_agent
+from learned_rl.component import (
+    Auxiliary,
+    Batch,
+    Component,
+    Context,
+    Hyper,
+    Hyperparameters,
+    Metrics,
+    Objective,
+    Reward,
+    UpdateRule,
+    shield,
+)
+from learned_rl.defaults import Constants, ConstantsConfig, EnvironmentReward, NoAuxiliary, PPOClip, PPOClipConfig
+from learned_rl.inner_loop import Inner
+from learned_rl.trajectory import Trajectory, flatten_time
+from learned_rl.types import Tree, UserError
+from learned_rl.update_rules import RULES, Adam, AdamConfig
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of one agent's learning algorithm."""
+
+    n_envs: int = 8
+    """B: parallel copies of the environment in one lifetime"""
+    n_steps: int = 128
+    """T: environment steps of each copy between updates"""
+    n_epochs: int = 4
+    """passes over the experience in one update"""
+    n_minibatches: int = 4
+    """parts into which each pass is cut; each is one gradient step"""
+    optimizer: str = "adam"
+    """hand-made update rule, unless one is plugged in: sgd, momentum, rmsprop, adam"""
+    linear_decay: bool = False
+    """let the learning rate fall linearly to zero over the lifetime"""
+    normalize_advantage: bool = True
+    """normalise the advantages of each minibatch"""
+    target_kl: float | None = None
+    """stop a lifetime's update once its mean KL from the policy that acted exceeds this, in nats"""
+    hyper: Hyper = field(default_factory=Hyper)
+    """the numbers that may also be learned"""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """the agent's architecture"""
+
+    def __post_init__(self) -> None:
+        for name in ("n_envs", "n_steps", "n_epochs", "n_minibatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: expected at least 1.")
+        if self.n_minibatches > self.n_envs * self.n_steps:
+            raise UserError(
+                f"n_minibatches is {self.n_minibatches}, but an update has only {self.n_envs * self.n_steps} steps "
+                f"({self.n_envs} environments x {self.n_steps} steps): choose at most that many."
+            )
+        if self.optimizer not in RULES:
+            raise UserError(f"optimizer is {self.optimizer!r}: expected one of {', '.join(RULES)}.")
+
+    @classmethod
+    def a2c(cls, **changes: object) -> Self:
+        """Advantage actor-critic: one epoch, one minibatch, no clipping, short rollouts (Mnih et al., 2016)."""
+        hyper = Hyper(learning_rate=7e-4, clip_range=float("inf"), gae_lambda=1.0)
+        base = cls(n_steps=20, n_epochs=1, n_minibatches=1, optimizer="rmsprop", normalize_advantage=False, hyper=hyper)
+        return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Slots:
+    """What fills the five slots."""
+
+    objective: Objective
+    reward: Reward
+    hyperparameters: Hyperparameters
+    auxiliary: Auxiliary
+    optimizer: UpdateRule
+
+    @classmethod
+    def fill(cls, config: PPOConfig, **plugged: Component | None) -> Self:
+        """The hand-made default of every slot in which nothing (or None) is plugged.
+
+        Raises:
+            UserError: a component that belongs to another slot.
+        """
+        for slot, component in plugged.items():
+            if component is not None and component.slot != slot:
+                raise UserError(f"Component {component.name!r} fits the slot {component.slot!r}, not {slot!r}.")
+        rule = Adam(AdamConfig(eps=1e-5)) if config.optimizer == "adam" else RULES[config.optimizer]()
+        defaults: dict[str, Component] = {
+            "objective": PPOClip(PPOClipConfig(config.normalize_advantage)),
+            "reward": EnvironmentReward(),
+            "hyperparameters": Constants(ConstantsConfig(config.linear_decay)),
+            "auxiliary": NoAuxiliary(),
+            "optimizer": rule,
+        }
+        return cls(**defaults | {k: v for k, v in plugged.items() if v is not None})  # type: ignore[arg-type]
+
+    def items(self) -> Iterator[tuple[str, Component]]:
+        for f in dataclasses.fields(self):
+            yield f.name, getattr(self, f.name)
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """What one update saw and did.
+
+    Attributes:
+        trajectory: the experience, with the reward of the environment.
+        out:        [T+1, P, B] outputs at the parameters that acted, with their graph inside a window.
+        batch:      the objective's targets [T, P, B, ...].
+        memory:     what the components carry on, "slot/name" -> [P, ...].
+        alive:      [P] bool: parameters and rewards were finite.
+        metrics:    name -> [P], averaged over the gradient steps.
+    """
+
+    trajectory: Trajectory
+    out: AgentOutput
+    batch: Batch
+    memory: Tree
+    alive: Tensor
+    metrics: Metrics
+
+
+class Algorithm:
+    """PPO as a function: one update of P agents from one trajectory."""
+
+    def __init__(self, config: PPOConfig, slots: Slots) -> None:
+        self.config, self.slots = config, slots
+
+    def make_agent(self, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Agent:
+        """The agent that the configuration names, with the heads that the components need."""
+        heads: dict[str, int] = {}
+        for slot, component in self.slots.items():
+            for name, size in component.heads(action_space).items():
+                if heads.setdefault(name, size) != size:
+                    raise UserError(f"Head {name!r} of the {slot} slot has {size} outputs elsewhere {heads[name]}.")
+        return make_agent(self.config.agent, observation_space, action_space, heads, self.slots.objective.needs_value)
+
+    def initial_memory(self, lifetimes: int) -> Tree:
+        """What P fresh lifetimes carry: "slot/name" -> [P, ...]."""
+        return {f"{s}/{k}": v for s, c in self.slots.items() for k, v in c.initial_memory(lifetimes).items()}
+
+    def update(
+        self, inner: Inner, trajectory: Trajectory, context: Context, hyper: Hyper, generator: torch.Generator
+    ) -> UpdateRecord:
+        """Move every lifetime by one update.
+
+        Args:
+            inner:      the population and how it moves.
+            trajectory: [T, P, B] experience at the present parameters.
+            context:    age, horizon and memory ("slot/name" -> [P, ...]) of each lifetime.
+            hyper:      configured numbers, before the hyperparameter slot.
+            generator:  draws the minibatches.
+        """
+        c, slots = self.config, self.slots
+        collected = trajectory
+        trajectory, hyper, memory, alive = self._ask(inner, collected, context, hyper)
+        whole = c.n_minibatches == 1
+        with torch.set_grad_enabled(whole or inner.graph):
+            out = _revive(inner.agent(trajectory.obs), alive)
+        next_value = self._next_value(inner, trajectory, out, alive) if slots.objective.needs_value else None
+        own = _of("objective", context)
+        batch, memory["objective"] = slots.objective.prepare(trajectory, out, next_value, hyper, own)
+        batch = batch | slots.auxiliary.prepare(trajectory, out, context)
+        batch = {k: shield(v, 1) for k, v in batch.items()}
+        rows = {"action": trajectory.action, "log_prob": trajectory.log_prob} | batch
+        active: Tensor | None = None
+        sums: list[Metrics] = []
+        first = out.map(lambda x: x[:-1]) if whole else None
+        for part_out, part in self._parts(inner, trajectory, rows, first, generator):
+            loss, metrics = slots.objective.loss(part_out, part, hyper)
+            if not isinstance(slots.auxiliary, NoAuxiliary):
+                aux_coef = hyper.aux_coef
+                weight = aux_coef.squeeze(-1) if isinstance(aux_coef, Tensor) else aux_coef
+                loss = loss + weight * slots.auxiliary.loss(part_out, part, hyper)
+            if c.target_kl is not None:
+                below = metrics["approx_kl"] <= c.target_kl
+                active = below if active is None else active & below
+                if not bool(active.any()):
+                    break
+            inner.step(loss, hyper, active)
+            sums.append(metrics)
+        flat = {f"{slot}/{k}": v for slot, tree in memory.items() for k, v in tree.items()}
+        return UpdateRecord(collected, out, batch, flat, alive, _average(sums))
+
+    def _ask(
+        self, inner: Inner, trajectory: Trajectory, context: Context, hyper: Hyper
+    ) -> tuple[Trajectory, Hyper, dict[str, Tree], Tensor]:
+        """Reward and numbers of this update, and which lifetimes are still finite."""
+        memory: dict[str, Tree] = {}
+        slots = self.slots
+        hyper, memory["hyperparameters"] = slots.hyperparameters(hyper, trajectory, _of("hyperparameters", context))
+        hyper = hyper.replace(**{k: shield(v, 0) for k, v in vars(hyper).items() if isinstance(v, Tensor)})
+        reward, memory["reward"] = slots.reward(trajectory, _of("reward", context))
+        with torch.no_grad():
+            alive = inner.theta.isfinite().all(1) & trajectory.reward.isfinite().all(2).all(0)
+        if not bool(alive.all()):
+            reward = torch.where(alive[:, None], reward, torch.zeros_like(reward))
+        return dataclasses.replace(trajectory, reward=shield(reward, 1)), hyper, memory, alive
+
+    def _next_value(self, inner: Inner, trajectory: Trajectory, out: AgentOutput, alive: Tensor) -> Tensor:
+        """[T, P, B] value of the state each step led to: of the final observation where truncated."""
+        assert out.value is not None
+        value = out.value[1:]
+        if trajectory.final_obs is None:
+            return value
+        with torch.set_grad_enabled(inner.graph):
+            final = _revive(inner.agent(trajectory.final_obs), alive).value
+        assert final is not None
+        return torch.where(trajectory.truncated, final, value)
+
+    def _parts(
+        self, inner: Inner, trajectory: Trajectory, rows: Batch, first: AgentOutput | None, generator: torch.Generator
+    ) -> Iterator[tuple[AgentOutput, Batch]]:
+        """Outputs and rows of each gradient step: everything at once, or minibatches drawn afresh each epoch.
+
+        All lifetimes share the permutation; their data are independent, and so are their minibatches.
+        """
+        c = self.config
+        if first is not None:
+            for epoch in range(c.n_epochs):
+                yield (first if epoch == 0 else inner.agent(trajectory.obs[:-1])), rows
+            return
+        obs = flatten_time(trajectory.obs[:-1])
+        flat = {k: flatten_time(v) for k, v in rows.items()}
+        for _ in range(c.n_epochs):
+            for index in torch.randperm(obs.shape[1], generator=generator, device=obs.device).chunk(c.n_minibatches):
+                yield inner.agent(obs.index_select(1, index)), {k: v.index_select(1, index) for k, v in flat.items()}
+
+
+def _of(slot: str, context: Context) -> Context:
+    """The context with the memory of one slot."""
+    own = {k.removeprefix(f"{slot}/"): v for k, v in context.memory.items() if k.startswith(f"{slot}/")}
+    return dataclasses.replace(context, memory=own)
+
+
+def _revive(out: AgentOutput, alive: Tensor) -> AgentOutput:
+    """Zeros in place of what a broken lifetime says, so that no component ever computes with NaN."""
+    if bool(alive.all()):
+        return out
+    keep = alive[:, None, None]
+    return out.map(lambda x: torch.where(keep if x.dim() == 4 else keep[..., 0], x, torch.zeros_like(x)))
+
+
+def _average(metrics: list[Metrics]) -> Metrics:
+    if not metrics:
+        return {}
+    return {k: torch.stack([m[k] for m in metrics]).mean(0) for k in metrics[0]}

@@ -1,0 +1,102 @@
+"""Returns and advantages as pure functions, differentiable in values, `gamma` and `gae_lambda`.
+
+All of them read time-major tensors `[T, ...]` and one recursion, `x_t + c_t * y_{t+1}`, run backwards. `next_value[t]`
+is the value of the state that step `t` led to: of `final_obs[t]` where the episode was truncated there. `gamma` and
+`gae_lambda` are floats or tensors that broadcast against `[T, ...]` (per lifetime: `[P, 1]`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+def backward_recursion(x: Tensor, c: Tensor) -> Tensor:
+    """y_t = x_t + c_t * y_{t+1} with y_T = 0; x, c and the result are [T, ...]."""
+    y = torch.zeros_like(x[0])
+    rows = []
+    for x_t, c_t in zip(reversed(x.unbind(0)), reversed(c.unbind(0)), strict=True):
+        y = torch.addcmul(x_t, c_t, y)
+        rows.append(y)
+    return torch.stack(rows[::-1])
+
+
+def td_error(reward: Tensor, value: Tensor, next_value: Tensor, terminated: Tensor, gamma: Scalar) -> Tensor:
+    """r_t + gamma V(s_{t+1}) - V(s_t), without bootstrap where `terminated`; all [T, ...]."""
+    return reward + gamma * next_value * ~terminated - value
+
+
+def gae(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+) -> Tensor:
+    """Generalised advantage estimation (Schulman et al., 2016, arXiv:1506.02438, eq. 16).
+
+    Args:
+        reward:     [T, P, B] after action[t]; reward units per environment step.
+        value:      [T, P, B] V(obs[t]).
+        next_value: [T, P, B] V of the state that step t led to.
+        terminated: [T, P, B] bool; no bootstrap beyond it.
+        truncated:  [T, P, B] bool; bootstrap from next_value, but no trace into the next episode.
+        gamma:      discount per environment step.
+        gae_lambda: trace decay.
+
+    Returns:
+        advantage:  [T, P, B].
+    """
+    delta = td_error(reward, value, next_value, terminated, gamma)
+    return backward_recursion(delta, gamma * gae_lambda * (~(terminated | truncated)).to(delta.dtype))
+
+
+def lambda_returns(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+) -> Tensor:
+    """The lambda-return (Sutton & Barto, 2018, eq. 12.18): `gae + value`. Shapes as in `gae`."""
+    return gae(reward, value, next_value, terminated, truncated, gamma, gae_lambda) + value
+
+
+def vtrace(
+    reward: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    log_ratio: Tensor,
+    gamma: Scalar,
+    gae_lambda: Scalar = 1.0,
+    rho_clip: float = 1.0,
+    c_clip: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """V-trace (Espeholt et al., 2018, arXiv:1802.01561, eq. 1 and section 4.2).
+
+    Args:
+        log_ratio: [T, P, B] log of target over behaviour probability of action[t], in nats; a constant.
+        rho_clip, c_clip: truncation of the importance weights of the temporal difference and of the trace.
+
+    Returns:
+        target:    [T, P, B] values v_t.
+        advantage: [T, P, B] rho_t (r_t + gamma v_{t+1} - V(s_t)), the weight of the policy gradient.
+    """
+    ratio = log_ratio.exp().detach()  # stop: importance weights are constants of the data
+    rho, trace = ratio.clamp(max=rho_clip), ratio.clamp(max=c_clip)
+    done = terminated | truncated
+    delta = rho * td_error(reward, value, next_value, terminated, gamma)
+    excess = backward_recursion(delta, gamma * gae_lambda * trace * ~done)
+    target = value + excess
+    # Across an episode's end, and past the last row, the next target is the plain bootstrap value.
+    shifted = torch.cat([target[1:], next_value[-1:]])
+    next_target = torch.where(done, next_value, shifted)
+    return target, rho * td_error(reward, value, next_target, terminated, gamma)

@@ -1,0 +1,185 @@
+"""What every task family and its vector environment have in common.
+
+A family is a distribution over tasks. `make` turns `P` sampled tasks into one `gymnasium.vector.VectorEnv` with `B`
+copies of each, whose observations, rewards and masks are torch tensors on one device. Episodes reset inside the step
+(`AutoresetMode.SAME_STEP`): `obs` is the first observation of the next episode, `info["final_obs"]` the last one of
+the episode that ended.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+import gymnasium
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from learned_rl.types import Tasks, Tree, UserError
+
+Split = Literal["train", "validation", "test"]
+
+
+def split_generator(split: Split, seed: int) -> torch.Generator:
+    """A generator whose stream depends on the split's name, so that splits never share a stream, whatever the seed."""
+    digest = hashlib.sha256(f"{split}/{seed}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def unknown(what: str, value: str, choices: Iterable[str]) -> UserError:
+    """The error to raise for a name that is none of `choices`: one sentence that proposes the nearest."""
+    choices = sorted(choices)
+    nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
+    listed = ", ".join(choices) if len(choices) <= 16 else f"{len(choices)} choices"
+    return UserError(f"unknown {what} '{value}': the nearest of {listed} is '{nearest}'")
+
+
+class TaskFamily(ABC):
+    """A distribution over tasks with one observation space and one action space.
+
+    Attributes:
+        observation_space: of one copy, without batch axes.
+        action_space:      of one copy.
+        max_episode_steps: upper bound on the length of an episode over all tasks, in environment steps.
+    """
+
+    name: ClassVar[str]
+    presets: ClassVar[tuple[str, ...]]
+    observation_space: gymnasium.Space
+    action_space: gymnasium.Space
+    max_episode_steps: int
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator) -> Tasks:
+        """Draw `n` tasks: a dictionary of tensors `[n, ...]` on the CPU."""
+
+    def sample_split(self, split: Split, n: int, seed: int = 0) -> Tasks:
+        """`n` tasks of the train, validation or test side; the sides draw from unrelated streams."""
+        return self.sample(n, split_generator(split, seed))
+
+    @abstractmethod
+    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> VectorEnv:
+        """A vector environment over `N = P * copies` copies; `P` is the leading axis of `tasks`."""
+
+    def optimal_return(self, tasks: Tasks) -> Tensor | None:
+        """Exact best expected undiscounted return of one episode, `[n]`, where it can be computed; else None."""
+        return None
+
+
+class TaskVectorEnv(VectorEnv):
+    """A vector environment of a built-in family: torch in, torch out, thousands of copies in one call.
+
+    A subclass keeps the episode state in the tensors named by `state_names` (each `[N, ...]`), reads the task
+    parameters from `self.task` (each `[N, ...]`: every task repeated for its copies), and defines three verbs:
+
+    * `_begin(mask)`: write a fresh episode's state where `mask [N]` is true, leave the rest alone;
+    * `_advance(action)`: move every copy by one step, return `(reward [N] float, terminated [N] bool)`;
+    * `_observe()`: the observation `[N, ...]` of the present state.
+
+    Random draws always have the full size `[N, ...]`, so what one copy draws never depends on the others.
+    """
+
+    state_names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self,
+        family: TaskFamily,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.device = torch.device(device)
+        self.lifetimes = len(next(iter(tasks.values())))
+        self.copies = copies
+        self.num_envs = self.lifetimes * copies
+        self.single_observation_space = family.observation_space
+        self.single_action_space = family.action_space
+        self.observation_space = batch_space(family.observation_space, self.num_envs)
+        self.action_space = batch_space(family.action_space, self.num_envs)
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.task = {k: v.to(self.device).repeat_interleave(copies, 0) for k, v in tasks.items()}
+        self.elapsed = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        self._everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        self._allocate()
+
+    # --- what a subclass defines -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _allocate(self) -> None:
+        """Create the state tensors and whatever is derived from the tasks (called again when tasks change)."""
+
+    @abstractmethod
+    def _begin(self, mask: Tensor) -> None: ...
+
+    @abstractmethod
+    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _observe(self) -> Tensor: ...
+
+    @property
+    @abstractmethod
+    def time_limit(self) -> Tensor:
+        """Steps after which an episode is truncated, `[N]` or a scalar tensor."""
+
+    # --- gymnasium's interface ---------------------------------------------------------------------------------
+
+    def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None):
+        if isinstance(seed, int):
+            self.generator.manual_seed(seed)
+        self.elapsed.zero_()
+        self._begin(self._everywhere)
+        return self._observe(), {}
+
+    def step(self, actions: Tensor):
+        reward, terminated = self._advance(actions)
+        self.elapsed = self.elapsed + 1
+        truncated = (self.elapsed >= self.time_limit) & ~terminated
+        done = terminated | truncated
+        final_obs = self._observe()
+        self.elapsed = self.elapsed * ~done
+        self._begin(done)  # always: what it draws must not depend on whether any copy is done
+        obs = self._observe() if bool(done.any()) else final_obs
+        return obs, reward, terminated, truncated, {"final_obs": final_obs}
+
+    # --- beyond gymnasium --------------------------------------------------------------------------------------
+
+    def set_tasks(self, lifetimes: Tensor, tasks: Tasks) -> Tensor:
+        """Give the lifetimes `[k]` new tasks (leading axis `k`), begin fresh episodes there; returns all observations."""
+        lifetimes = lifetimes.to(self.device)
+        mask = torch.zeros(self.lifetimes, dtype=torch.bool, device=self.device)
+        mask[lifetimes] = True
+        copies = (lifetimes[:, None] * self.copies + torch.arange(self.copies, device=self.device)).flatten()
+        for key, value in tasks.items():
+            self.task[key][copies] = value.to(self.device).repeat_interleave(self.copies, 0)
+        self._tasks_changed()
+        restarted = mask.repeat_interleave(self.copies)
+        self.elapsed = self.elapsed * ~restarted
+        self._begin(restarted)
+        return self._observe()
+
+    def _tasks_changed(self) -> None:
+        """Refresh what was derived from the tasks; the state of running episodes stays."""
+
+    def _uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator, device=self.device)
+
+    def state_dict(self) -> Tree:
+        """Everything that the next steps depend on; tensors only."""
+        state = {f"state/{name}": getattr(self, name).clone() for name in (*self.state_names, "elapsed")}
+        state |= {f"task/{name}": value.clone() for name, value in self.task.items()}
+        return state | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Tree) -> None:
+        self.task = {k.removeprefix("task/"): v.clone().to(self.device) for k, v in state.items() if k[:5] == "task/"}
+        self._tasks_changed()
+        for name in (*self.state_names, "elapsed"):
+            setattr(self, name, state[f"state/{name}"].clone().to(self.device))
+        self.generator.set_state(state["generator"].cpu())

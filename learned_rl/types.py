@@ -1,0 +1,31 @@
+"""Axis letters, units and small shared types.
+
+Axes, in the order in which they appear in a shape:
+
+| letter | axis |
+|---|---|
+| `T` | time: environment steps of one rollout |
+| `P` | lifetimes (agents) that learn side by side |
+| `B` | parallel copies of the environment inside one lifetime |
+| `N` | environment copies altogether, `N = P * B`, lifetime-major: copy `i` belongs to lifetime `i // B` |
+| `D` | parameters of one agent |
+| `S`, `A` | states and actions of a tabular task |
+| `K` | agent updates in one window of the outer loop |
+
+Symbols: `theta` are agent parameters, `eta` meta-parameters (the parameters of a component).
+Units: counts of experience are *environment steps*, summed over copies; entropies and divergences are in nats.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+#: A batch of `n` tasks: every tensor has the leading axis `n`.
+Tasks = dict[str, Tensor]
+
+#: State that is carried, detached, saved: a flat tree of tensors.
+Tree = dict[str, Tensor]
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for. The command line prints its one sentence and exits with code 2."""

@@ -1,0 +1,172 @@
+"""Hand-made update rules for the optimizer slot: pure functions on rows of parameters.
+
+Every rule is written once, as `update(grad, state, theta, learning_rate) -> step, state`, and used three ways: in
+place by plain training, through `higher` inside a differentiable window (`inner_loop`), and as a
+`torch.optim.Optimizer` for any other torch code (`RuleOptimizer`). The state is an explicit tree of tensors with the
+lifetime axis first, so that it is carried over windows, detached, restarted row by row, and saved like anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_rl.component import NoConfig, Scalar, UpdateRule
+from learned_rl.types import Tree
+
+
+def clip_norm(grad: Tensor, max_norm: Scalar) -> Tensor:
+    """Scale each row of `grad [P, D]` so that its norm is at most `max_norm`; differentiable, also at zero."""
+    if isinstance(max_norm, float) and max_norm == float("inf"):
+        return grad
+    # The square root of the clamped sum has a finite derivative where the whole gradient is zero.
+    norm = grad.square().sum(1, keepdim=True).clamp(min=1e-30).sqrt()
+    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def select_rows(keep: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Rows of `new` where `keep [P]`, else of `old`; both [P, ...]."""
+    return torch.where(keep.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+class SGD(UpdateRule):
+    """theta - learning_rate * g."""
+
+    name, Config = "sgd", NoConfig
+
+    def initial_state(self, theta: Tensor) -> Tree:
+        return {}
+
+    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+        return -learning_rate * grad, state
+
+
+@dataclass(frozen=True)
+class MomentumConfig:
+    momentum: float = 0.9
+    """decay of the velocity per update"""
+
+
+class Momentum(UpdateRule):
+    """Heavy-ball momentum as `torch.optim.SGD` has it: v <- mu v + g; theta - learning_rate * v."""
+
+    name, Config = "momentum", MomentumConfig
+
+    def initial_state(self, theta: Tensor) -> Tree:
+        return {"velocity": torch.zeros_like(theta)}
+
+    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+        velocity = self.config.momentum * state["velocity"] + grad
+        return -learning_rate * velocity, {"velocity": velocity}
+
+
+@dataclass(frozen=True)
+class RMSPropConfig:
+    decay: float = 0.99
+    """decay of the mean square per update"""
+    eps: float = 1e-5
+    """added to the root mean square"""
+    stop_denominator: bool = False
+    """treat the denominator as a constant of the meta-gradient"""
+
+
+class RMSProp(UpdateRule):
+    """RMSProp (Tieleman & Hinton, 2012): g / (sqrt(mean square) + eps)."""
+
+    name, Config = "rmsprop", RMSPropConfig
+
+    def initial_state(self, theta: Tensor) -> Tree:
+        return {"square": torch.zeros_like(theta)}
+
+    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+        c = self.config
+        square = state["square"] * c.decay + (1 - c.decay) * grad * grad
+        return -learning_rate * grad / _root(square, c.eps, c.stop_denominator), {"square": square}
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    beta1: float = 0.9
+    """decay of the first moment per update"""
+    beta2: float = 0.999
+    """decay of the second moment per update"""
+    eps: float = 1e-8
+    """added to the root of the second moment"""
+    stop_denominator: bool = False
+    """treat the denominator as a constant of the meta-gradient (as Disco103 does)"""
+    weight_decay: float = 0.0
+    """decoupled decay of the parameters, per unit of learning rate (AdamW)"""
+
+
+class Adam(UpdateRule):
+    """Adam (Kingma & Ba, 2015, arXiv:1412.6980); with weight_decay AdamW (Loshchilov & Hutter, arXiv:1711.05101).
+
+    The number of updates is counted for each lifetime, since lifetimes restart at different moments.
+    """
+
+    name, Config = "adam", AdamConfig
+
+    def initial_state(self, theta: Tensor) -> Tree:
+        zeros = torch.zeros_like(theta)
+        return {"first": zeros, "second": zeros.clone(), "count": zeros.new_zeros(len(theta), 1)}
+
+    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+        c = self.config
+        count = state["count"] + 1
+        first = state["first"] + (1 - c.beta1) * (grad - state["first"])
+        second = c.beta2 * state["second"] + (1 - c.beta2) * grad * grad
+        corrected = second / (1 - c.beta2**count)
+        step = -(learning_rate / (1 - c.beta1**count)) * first / _root(corrected, c.eps, c.stop_denominator)
+        if c.weight_decay:
+            step = step - learning_rate * c.weight_decay * theta
+        return step, {"first": first, "second": second, "count": count}
+
+
+def _root(square: Tensor, eps: float, stop: bool) -> Tensor:
+    """sqrt(square) + eps, whose derivative is zero (not infinite) where square is zero."""
+    if stop:
+        square = square.detach()  # stop: the denominator is a constant of the meta-gradient
+    if not square.requires_grad:
+        return square.sqrt() + eps
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) + eps
+
+
+RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (SGD, Momentum, RMSProp, Adam)}
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """Any update rule as a `torch.optim.Optimizer`, for code that is not ours.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer.
+        rule:   the update rule.
+        lr:     learning rate of the groups that name none.
+        rows:   treat a parameter's first axis as the lifetime axis; otherwise each parameter is one row.
+    """
+
+    def __init__(self, params: Iterable[Any], rule: UpdateRule, lr: float = 1e-3, rows: bool = False) -> None:
+        self.rule, self.rows = rule, rows
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                shape = (p.shape[0], -1) if self.rows else (1, -1)
+                theta = p.view(shape)
+                state = self.state[p] or self.rule.initial_state(theta)
+                step, new_state = self.rule.update(p.grad.reshape(shape), state, theta, group["lr"])
+                self.state[p] = new_state
+                theta.add_(step)
+        return loss

@@ -1,0 +1,112 @@
+"""The outer critic: one value function per lifetime, for the advantages of the meta-loss.
+
+It is trained on what the agents collect, restarts with them, and exists only during meta-training. It must be apart
+from whatever the agent predicts: the meta-loss judges the agent by the environment's reward alone (Oh et al., 2020,
+section 3.2; Bonnet et al., 2022, on why a shared critic biases the meta-gradient).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from learned_rl.agents import AgentConfig, Population, make_agent
+from learned_rl.component import Hyper, lifetime_mean
+from learned_rl.defaults import normalise
+from learned_rl.inner_loop import PlainInner
+from learned_rl.lifetimes import stream
+from learned_rl.returns import gae
+from learned_rl.tasks.base import TaskFamily
+from learned_rl.trajectory import Trajectory
+from learned_rl.types import Tree
+from learned_rl.update_rules import Adam, select_rows
+
+
+@dataclass(frozen=True)
+class OuterCriticConfig:
+    gamma: float = 0.99
+    """discount of the meta-loss per environment step"""
+    gae_lambda: float = 0.95
+    """trace decay of the meta-loss's advantages"""
+    learning_rate: float = 0.05
+    """of the critic's Adam; tables like 0.05, networks 1e-3"""
+    epochs: int = 4
+    """gradient steps of the critic on each rollout"""
+    normalize: bool = True
+    """normalise advantages within each lifetime"""
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    """the critic's architecture"""
+
+
+class OuterCritic:
+    """P value functions that learn beside P agents."""
+
+    def __init__(
+        self,
+        config: OuterCriticConfig,
+        family: TaskFamily,
+        lifetimes: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.seed = config, seed
+        agent = make_agent(config.agent, family.observation_space, None, value=True)
+        self.population = Population(agent, lifetimes, dtype).to(device)
+        rule = Adam()
+        self._inner = PlainInner(self.population, rule, rule.initial_state(self.population.theta.detach()))
+        self.restart(torch.ones(lifetimes, dtype=torch.bool, device=device), torch.zeros(lifetimes, dtype=torch.int64))
+
+    @torch.no_grad()
+    def _estimate(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+        """Advantages and value targets, both [T, P, B]."""
+        value = self.population(trajectory.obs).value
+        assert value is not None
+        next_value = value[1:]
+        if trajectory.final_obs is not None:
+            next_value = torch.where(trajectory.truncated, self.population(trajectory.final_obs).value, next_value)
+        tr, c = trajectory, self.config
+        advantage = gae(tr.reward, value[:-1], next_value, tr.terminated, tr.truncated, c.gamma, c.gae_lambda)
+        return advantage, advantage + value[:-1]
+
+    def advantage(self, trajectory: Trajectory) -> Tensor:
+        """[T, P, B] generalised advantages, normalised within each lifetime if configured; constants."""
+        advantage, _ = self._estimate(trajectory)
+        return normalise(advantage) if self.config.normalize else advantage
+
+    def learn(self, trajectory: Trajectory) -> Tensor:
+        """Move towards the lambda-returns of a rollout; returns the first step's loss `[P]`."""
+        _, target = self._estimate(trajectory)
+        hyper = Hyper(learning_rate=self.config.learning_rate, max_grad_norm=float("inf"))
+        first = None
+        for _ in range(self.config.epochs):
+            value = self._inner.agent(trajectory.obs[:-1]).value
+            assert value is not None
+            loss = lifetime_mean((value - target).square())
+            self._inner.step(loss, hyper)
+            first = loss.detach() if first is None else first  # stop: only to look at
+        assert first is not None
+        return first
+
+    @torch.no_grad()
+    def restart(self, which: Tensor, life: Tensor) -> None:
+        """Fresh value functions where `which [P]` is true; `life [P]` counts each lifetime's restarts."""
+        for p in which.nonzero().flatten().tolist():
+            self.population.theta[p] = self.population.initial(stream("critic", self.seed, p, int(life[p]))).to(
+                which.device
+            )
+        fresh = self._inner.rule.initial_state(self.population.theta.detach())  # stop: initial state
+        self._inner.state = {k: select_rows(which, fresh[k], v) for k, v in self._inner.state.items()}
+
+    def state_dict(self) -> Tree:
+        # stop: saved values
+        return {"theta": self.population.theta.detach().clone()} | {
+            f"rule/{k}": v.clone() for k, v in self._inner.state.items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Tree) -> None:
+        self.population.theta.copy_(state["theta"])
+        self._inner.state = {k[5:]: v.to(self.population.theta) for k, v in state.items() if k.startswith("rule/")}

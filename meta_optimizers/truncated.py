@@ -1,0 +1,101 @@
+"""The truncated meta-gradient: differentiate through a window of K agent updates, judge the agent that comes out.
+
+Xu, van Hasselt, Silver, "Meta-Gradient Reinforcement Learning", 2018, arXiv:1805.09801, for the idea; Oh et al., 2020,
+arXiv:2007.08794, section 3.3, for this form: after K updates a fresh rollout of the updated agent gives
+
+    L(eta) = -mean log pi_K(a|s) A - beta_policy H(pi) + sum of the objective's own regularisers
+
+with A from the outer critic, averaged over lifetimes. The window begins at constants: what eta did in earlier windows
+is cut off (truncation bias), and the sampled actions are data (no score-function term).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from learned_rl.component import Metrics, lifetime_mean
+from learned_rl.lifetimes import Episodes, Lifetimes
+from learned_rl.ppo import UpdateRecord
+from meta_optimizers.outer_critic import OuterCritic
+
+
+@dataclass(frozen=True)
+class TruncatedConfig:
+    window: int = 5
+    """K: agent updates that are differentiated through"""
+    policy_entropy: float = 0.05
+    """weight of the policy's entropy (raised), in nats"""
+    regularisers: dict[str, float] = field(default_factory=dict)
+    """weight of each of the objective's own regularisers in the meta-loss; negative raises the quantity"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A gradient of the meta-loss and what was seen on the way.
+
+    Attributes:
+        grads:    one tensor per meta-parameter, or None where no lifetime was finite.
+        broken:   [P] bool: lifetimes that were not finite and took no part.
+        metrics:  name -> number.
+        episodes: those that ended within the window's training rollouts.
+    """
+
+    grads: list[Tensor] | None
+    broken: Tensor
+    metrics: dict[str, float]
+    episodes: list[Episodes]
+
+
+class TruncatedMetaGradient:
+    """Estimates the gradient over one window and leaves the lifetimes at its end."""
+
+    def __init__(self, config: TruncatedConfig) -> None:
+        self.config = config
+
+    def __call__(self, lifetimes: Lifetimes, critic: OuterCritic, eta: Sequence[nn.Parameter]) -> Estimate:
+        inner = lifetimes.window()
+        records: list[UpdateRecord] = []
+        episodes: list[Episodes] = []
+        for _ in range(self.config.window):
+            record, ended = lifetimes.advance(inner)
+            critic_loss = critic.learn(record.trajectory)
+            records.append(record)
+            episodes.append(ended)
+        outer = lifetimes.collect(inner)
+        lifetimes.episodes(outer)
+        critic_loss = critic.learn(outer)
+        meta_loss, metrics = self._meta_loss(lifetimes, critic, inner.agent(outer.obs), outer, records)
+        with torch.no_grad():
+            alive = meta_loss.isfinite() & inner.theta.isfinite().all(1)
+            for record in records:
+                alive &= record.alive
+        grads = None
+        if bool(alive.any()):
+            loss = torch.where(alive, meta_loss, torch.zeros_like(meta_loss)).sum() / alive.sum()
+            grads = list(torch.autograd.grad(loss, list(eta), allow_unused=True, materialize_grads=True))
+            metrics = {"loss": loss.item()} | {k: v[alive].mean().item() for k, v in metrics.items()}
+        else:
+            metrics = {}
+        lifetimes.commit(inner)
+        metrics["critic_loss"] = critic_loss.nanmean().item()
+        return Estimate(grads, ~alive, metrics, episodes)
+
+    def _meta_loss(self, lifetimes, critic, out, outer, records) -> tuple[Tensor, Metrics]:  # type: ignore[no-untyped-def]
+        """[P] meta-loss, and its parts by name."""
+        final = out.map(lambda x: x[:-1])
+        policy = -lifetime_mean(final.policy.log_prob(outer.action) * critic.advantage(outer))
+        # Entropies are those of the agents that came out of the window's updates, each on its own experience.
+        after = [r.out.map(lambda x: x[:-1]) for r in records[1:]] + [final]
+        entropy = torch.stack([lifetime_mean(o.policy.entropy()) for o in after]).mean(0)
+        loss = policy - self.config.policy_entropy * entropy
+        parts: Metrics = {"policy": policy, "entropy": entropy}
+        objective = lifetimes.algorithm.slots.objective
+        terms = [objective.meta_regularisers(o, r.batch) for o, r in zip(after, records, strict=True)]
+        for name in terms[0]:
+            parts[name] = torch.stack([t[name] for t in terms]).mean(0)
+            loss = loss + self.config.regularisers.get(name, 0.0) * parts[name]
+        return loss, {k: v.detach() for k, v in parts.items()}  # stop: only to look at

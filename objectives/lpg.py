@@ -1,0 +1,140 @@
+"""LPG, the Learned Policy Gradient: what to predict and what to minimise, read off a rollout backwards in time.
+
+Oh, Hessel, Czarnecki, Xu, van Hasselt, Singh, Silver, "Discovering Reinforcement Learning Algorithms", NeurIPS 2020,
+arXiv:2007.08794. With `lifetime=True`, TA-LPG: Jackson, Lu, Kirsch, Lange, Whiteson, Foerster, "Discovering
+Temporally-Aware Reinforcement Learning Algorithms", ICLR 2024, arXiv:2402.05828.
+
+The agent has a policy pi and a prediction y(s), a categorical over m entries whose meaning is learned. The network
+reads, from the last step to the first,
+
+    x_t = (r_t, d_t, gamma, pi(a_t|s_t), phi(y(s_t)), (1 - d_t) phi(y(s_{t+1})))      [+ n/N, log N with `lifetime`]
+
+and says pi_hat_t and y_hat_t. The agent descends
+
+    L = mean_t log pi(a_t|s_t) pi_hat_t + alpha_y mean_t KL(y(s_t) || y_hat_t)
+
+(alpha_y is `aux_coef`). The sign of pi_hat is learned; it is frozen by contract version 1: the loss is minimised.
+d_t is 1 at either kind of episode end, as in the paper.
+
+Deviations: the core may be a GRU and gamma may be left out, as in groove (Jackson et al., 2023, arXiv:2310.02782); the
+observation carries no time. No official code was released; sizes 256 and m = 30 are those quoted for the paper, m = 8
+those of groove. What reaches the network from theta is constant of the inner gradient, and of the meta-gradient too
+unless `stop_inputs` is off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+from learned_rl.agents import AgentOutput
+from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
+from learned_rl.trajectory import Trajectory
+from learned_rl.types import Tree
+from objectives.recurrence import CORES
+
+EPS = 1e-8  # inside every logarithm of a probability
+
+
+@dataclass(frozen=True)
+class LPGConfig:
+    predictions: int = 30
+    """m: entries of the agent's prediction y"""
+    width: int = 256
+    """H: units of the recurrent core"""
+    core: Literal["lstm", "gru"] = "lstm"
+    """recurrent core: LSTM as in the paper, GRU as in groove"""
+    embedding: int = 16
+    """hidden units of phi, which embeds y as one number"""
+    see_gamma: bool = True
+    """whether the network reads the discount"""
+    lifetime: bool = False
+    """whether the network reads the share of the lifetime that is over and the lifetime's length (TA-LPG)"""
+    stop_inputs: bool = True
+    """treat what the network reads from the agent as constant of the meta-gradient"""
+
+
+class LPG(Objective):
+    """The learned policy gradient as an objective."""
+
+    name, Config, needs_value = "lpg", LPGConfig, False
+    config: LPGConfig
+
+    def __init__(self, config: LPGConfig | None = None, **changes: object) -> None:
+        super().__init__(dataclasses.replace(config or LPGConfig(), **changes))  # type: ignore[arg-type]
+        c = self.config
+        inputs = 5 + c.see_gamma + 2 * c.lifetime
+        self.phi = nn.Sequential(nn.Linear(c.predictions, c.embedding), nn.ReLU(), nn.Linear(c.embedding, 1))
+        self.core = CORES[c.core](inputs, c.width)
+        self.policy_head = nn.Linear(c.width, 1)
+        self.prediction_head = nn.Linear(c.width, c.predictions)
+        for head in (self.policy_head, self.prediction_head):
+            nn.init.normal_(head.weight, std=1 / math.sqrt(c.width))
+            nn.init.zeros_(head.bias)
+
+    def heads(self, action_space: gymnasium.Space) -> dict[str, int]:
+        return {"prediction": self.config.predictions}
+
+    def prepare(
+        self, trajectory: Trajectory, out: AgentOutput, next_value: Tensor | None, hyper: Hyper, context: Context
+    ) -> tuple[Batch, Tree]:
+        if self.config.stop_inputs:
+            out = out.detach()  # stop: what the network reads is constant (section 3 of the paper)
+        pi = out.policy.map(lambda x: x[:-1]).log_prob(trajectory.action).exp() + EPS
+        embedded = self.phi(out.heads["prediction"].softmax(-1)).squeeze(-1)
+        pi_hat, y_hat = self.targets(trajectory, pi, embedded[:-1], embedded[1:], hyper, context)
+        return {"pi_hat": pi_hat, "y_hat": y_hat}, {}
+
+    def targets(
+        self,
+        trajectory: Trajectory,
+        pi: Tensor,
+        embedded: Tensor,
+        next_embedded: Tensor,
+        hyper: Hyper,
+        context: Context,
+    ) -> tuple[Tensor, Tensor]:
+        """What the network says about a rollout.
+
+        Args:
+            pi:            [T, P, B] probability of the taken action, plus EPS.
+            embedded:      [T, P, B] phi(y(s_t)).
+            next_embedded: [T, P, B] phi(y(s_{t+1})); not read where the episode ended.
+
+        Returns:
+            pi_hat: [T, P, B] and y_hat: [T, P, B, m], a distribution.
+        """
+        reward, done = trajectory.reward, trajectory.done
+        columns = [reward, done.to(reward.dtype), pi, embedded, next_embedded * ~done]
+        if self.config.see_gamma:
+            columns.insert(2, torch.as_tensor(hyper.gamma, dtype=reward.dtype).expand_as(reward))
+        if self.config.lifetime:
+            progress, horizon = (v[:, None].to(reward.dtype) for v in (context.progress, context.horizon))
+            columns += [progress.expand_as(reward), horizon.log().expand_as(reward)]
+        hidden = self.core(torch.stack(columns, -1), done, twice=not self.config.stop_inputs).relu()
+        return self.policy_head(hidden).squeeze(-1), self.prediction_head(hidden).softmax(-1)
+
+    def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
+        log_pi = (out.policy.log_prob(batch["action"]).exp() + EPS).log()
+        y = out.heads["prediction"].softmax(-1)
+        kl = (y * ((y + EPS).log() - (batch["y_hat"] + EPS).log())).sum(-1)
+        policy_loss, prediction_loss = lifetime_mean(log_pi * batch["pi_hat"]), lifetime_mean(kl)
+        coef = hyper.aux_coef.squeeze(-1) if isinstance(hyper.aux_coef, Tensor) else hyper.aux_coef
+        metrics = {"policy_loss": policy_loss, "prediction_loss": prediction_loss}
+        # stop: only to look at
+        return policy_loss + coef * prediction_loss, {k: v.detach() for k, v in metrics.items()}
+
+    def meta_regularisers(self, out: AgentOutput, batch: Batch) -> Metrics:
+        """Entropy of y (to be raised), and the sizes of pi_hat and y_hat (to be kept small); section 3.4."""
+        y = out.heads["prediction"].softmax(-1)
+        return {
+            "prediction_entropy": lifetime_mean(-(y * (y + EPS).log()).sum(-1)),
+            "pi_hat_square": lifetime_mean(batch["pi_hat"].square()),
+            "y_hat_square": lifetime_mean(batch["y_hat"].square().sum(-1)),
+        }

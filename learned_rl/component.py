@@ -137,6 +137,10 @@ class Objective(Component):
     slot = "objective"
     needs_value: ClassVar[bool] = True
 
+    def settings(self, tabular: bool) -> dict[str, Any]:
+        """Fields of `PPOConfig` that suit this objective, for a user who names none; the rest keep their defaults."""
+        return {}
+
     @abstractmethod
     def prepare(
         self, trajectory: Trajectory, out: AgentOutput, next_value: Tensor | None, hyper: Hyper, context: Context

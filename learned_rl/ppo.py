@@ -81,6 +81,13 @@ class PPOConfig:
         return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
+    @classmethod
+    def suited(cls, objective: Objective | None, observation_space: gymnasium.Space) -> Self:
+        """The defaults, with whatever the objective asks for."""
+        tabular = isinstance(observation_space, gymnasium.spaces.Discrete)
+        return cls(**objective.settings(tabular)) if objective is not None else cls()
+
+
 @dataclass(frozen=True)
 class Slots:
     """What fills the five slots."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import gymnasium
 import torch
@@ -77,6 +77,18 @@ class LPG(Objective):
         for head in (self.policy_head, self.prediction_head):
             nn.init.normal_(head.weight, std=1 / math.sqrt(c.width))
             nn.init.zeros_(head.bias)
+
+    def settings(self, tabular: bool) -> dict[str, Any]:
+        """The paper's: one gradient step on 20 steps of 64 environments; SGD on tables, Adam on networks."""
+        learning_rate = 40.0 if tabular else 1e-3
+        return {
+            "n_envs": 64,
+            "n_steps": 20,
+            "n_epochs": 1,
+            "n_minibatches": 1,
+            "optimizer": "sgd" if tabular else "adam",
+            "hyper": Hyper(learning_rate=learning_rate, aux_coef=0.5),
+        }
 
     def heads(self, action_space: gymnasium.Space) -> dict[str, int]:
         return {"prediction": self.config.predictions}

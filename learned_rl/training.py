@@ -1,0 +1,128 @@
+"""Plain training: `PPO(env, objective=...)`, any number of seeds side by side."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from learned_rl import artifacts
+from learned_rl.component import Component, Objective
+from learned_rl.evaluation import episode_returns
+from learned_rl.lifetimes import Lifetimes
+from learned_rl.ppo import Algorithm, PPOConfig, Slots
+from learned_rl.registry import make_family
+from learned_rl.tasks.base import TaskFamily
+from learned_rl.types import Tasks, Tree, UserError
+
+Plug = Component | str | Path | None
+#: Called after every update with the environment steps of one seed so far and what to log.
+Log = Callable[[int, dict[str, float]], None]
+
+WINDOW = 100  # episodes over which the logged return is averaged, for each seed, as Stable-Baselines3 does
+
+
+class PPO:
+    """PPO with learned parts plugged in.
+
+    Args:
+        env:    a gymnasium id, `family/preset`, or a family.
+        config: settings; None takes what suits the objective.
+        objective, reward, hyperparameters, auxiliary, optimizer: a component, a registered name, or a component file;
+                None is the hand-made default of the slot.
+        seeds:  agents that learn side by side, each on a task of its own from the family's training side.
+        seed:   of the first one.
+        tasks:  the agents' tasks, instead of drawn ones.
+
+    Raises:
+        UserError: an environment, component or setting that does not exist or does not fit.
+    """
+
+    def __init__(
+        self,
+        env: str | TaskFamily,
+        config: PPOConfig | None = None,
+        *,
+        objective: Plug = None,
+        reward: Plug = None,
+        hyperparameters: Plug = None,
+        auxiliary: Plug = None,
+        optimizer: Plug = None,
+        seeds: int = 1,
+        seed: int = 0,
+        tasks: Tasks | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if seeds < 1:
+            raise UserError(f"seeds is {seeds}: expected at least 1.")
+        self.family = make_family(env) if isinstance(env, str) else env
+        plugged = {
+            "objective": _component(objective),
+            "reward": _component(reward),
+            "hyperparameters": _component(hyperparameters),
+            "auxiliary": _component(auxiliary),
+            "optimizer": _component(optimizer),
+        }
+        learned = plugged["objective"]
+        suited = learned if isinstance(learned, Objective) else None
+        self.config = config or PPOConfig.suited(suited, self.family.observation_space)
+        slots = Slots.fill(self.config, **plugged)
+        for _, component in slots.items():
+            component.to(device).requires_grad_(False)
+        self.algorithm = Algorithm(self.config, slots)
+        self.lifetimes = Lifetimes(self.family, self.algorithm, seeds, 1, seed, tasks=tasks, device=device)
+        self.steps = 0
+        self._returns = [deque[float](maxlen=WINDOW) for _ in range(seeds)]
+
+    def learn(self, total_steps: int, log: Log | None = None) -> PPO:
+        """Train every seed until it has taken `total_steps` environment steps in all, as whole updates.
+
+        Learning-rate schedules run over `total_steps`.
+        """
+        per_update = self.config.n_steps * self.config.n_envs
+        horizon = math.ceil(total_steps / per_update)
+        self.lifetimes.horizon.fill_(horizon)
+        inner = self.lifetimes.plain()
+        while self.steps < total_steps:
+            record, ended = self.lifetimes.advance(inner)
+            self.steps += per_update
+            if log is not None:
+                self._remember(ended.returns / ended.count)
+                metrics = {k: v.nanmean().item() for k, v in record.metrics.items()}
+                metrics["return"] = self.mean_return()
+                metrics["broken"] = float((~record.alive).sum())
+                log(self.steps, metrics)
+        return self
+
+    def _remember(self, means: Tensor) -> None:
+        for kept, value in zip(self._returns, means.tolist(), strict=True):
+            if not math.isnan(value):
+                kept.append(value)
+
+    def mean_return(self) -> float:
+        """Mean over seeds of the mean return of recent training episodes; not a number before the first one."""
+        means = [sum(kept) / len(kept) for kept in self._returns if kept]
+        return sum(means) / len(means) if means else float("nan")
+
+    def evaluate(self, episodes: int = 20, greedy: bool = False, seed: int = 10_000) -> Tensor:
+        """[seeds] mean undiscounted return of fresh episodes at the present policies."""
+        theta = self.lifetimes.population.theta.detach()  # stop: acting makes data
+        policy = self.lifetimes.population.bind(theta, policy_only=True)
+        tasks = {k: v[:: self.config.n_envs].cpu() for k, v in self.lifetimes.env.task.items()}
+        return episode_returns(policy, self.family, tasks, episodes, seed, greedy, self.lifetimes.device)
+
+    def state_dict(self) -> Tree:
+        """Everything that the next update depends on."""
+        return {"steps": torch.tensor(self.steps)} | {f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()}
+
+    def load_state_dict(self, state: Tree) -> None:
+        self.steps = int(state["steps"])
+        self.lifetimes.load_state_dict({k[len("lifetimes/") :]: v for k, v in state.items() if k != "steps"})
+
+
+def _component(plug: Plug) -> Component | None:
+    return artifacts.get(plug) if isinstance(plug, str | Path) else plug

@@ -19,6 +19,19 @@ from torch import Tensor
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
+def log_softmax(x: Tensor) -> Tensor:
+    """log softmax over the last axis; ten times faster than torch's own where that axis is short (a few actions).
+
+    torch's kernel for the last axis takes one row at a time; over the first axis it takes a vector of rows.
+    """
+    return F.log_softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last axis; see `log_softmax`."""
+    return F.softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+
+
 class Distribution(ABC):
     """A policy's distribution at every state of a batch `[...]`."""
 
@@ -80,7 +93,7 @@ class Categorical(Distribution):
 
     @cached_property
     def log_probs(self) -> Tensor:
-        return F.log_softmax(self.logits, -1)
+        return log_softmax(self.logits)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         # An exponential race: argmin of E_a / p_a is distributed as p. It needs no normalisation, and a logit that is

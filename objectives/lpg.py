@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from learned_rl.agents import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
+from learned_rl.distributions import softmax
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree
 from objectives.recurrence import CORES
@@ -99,7 +100,7 @@ class LPG(Objective):
         if self.config.stop_inputs:
             out = out.detach()  # stop: what the network reads is constant (section 3 of the paper)
         pi = out.policy.map(lambda x: x[:-1]).log_prob(trajectory.action).exp() + EPS
-        embedded = self.phi(out.heads["prediction"].softmax(-1)).squeeze(-1)
+        embedded = self.phi(softmax(out.heads["prediction"])).squeeze(-1)
         pi_hat, y_hat = self.targets(trajectory, pi, embedded[:-1], embedded[1:], hyper, context)
         return {"pi_hat": pi_hat, "y_hat": y_hat}, {}
 
@@ -130,11 +131,11 @@ class LPG(Objective):
             progress, horizon = (v[:, None].to(reward.dtype) for v in (context.progress, context.horizon))
             columns += [progress.expand_as(reward), horizon.log().expand_as(reward)]
         hidden = self.core(torch.stack(columns, -1), done, twice=not self.config.stop_inputs).relu()
-        return self.policy_head(hidden).squeeze(-1), self.prediction_head(hidden).softmax(-1)
+        return self.policy_head(hidden).squeeze(-1), softmax(self.prediction_head(hidden))
 
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
         log_pi = (out.policy.log_prob(batch["action"]).exp() + EPS).log()
-        y = out.heads["prediction"].softmax(-1)
+        y = softmax(out.heads["prediction"])
         kl = (y * ((y + EPS).log() - (batch["y_hat"] + EPS).log())).sum(-1)
         policy_loss, prediction_loss = lifetime_mean(log_pi * batch["pi_hat"]), lifetime_mean(kl)
         coef = hyper.aux_coef.squeeze(-1) if isinstance(hyper.aux_coef, Tensor) else hyper.aux_coef
@@ -144,7 +145,7 @@ class LPG(Objective):
 
     def meta_regularisers(self, out: AgentOutput, batch: Batch) -> Metrics:
         """Entropy of y (to be raised), and the sizes of pi_hat and y_hat (to be kept small); section 3.4."""
-        y = out.heads["prediction"].softmax(-1)
+        y = softmax(out.heads["prediction"])
         return {
             "prediction_entropy": lifetime_mean(-(y * (y + EPS).log()).sum(-1)),
             "pi_hat_square": lifetime_mean(batch["pi_hat"].square()),

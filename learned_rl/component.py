@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import gymnasium
 import torch
@@ -29,27 +29,38 @@ from learned_rl.types import Tree, UserError
 
 SLOTS = ("objective", "reward", "hyperparameters", "auxiliary", "optimizer")
 
-Scalar = float | Tensor
+if TYPE_CHECKING:
+    Scalar = float | Tensor
+else:
+    Scalar = float  # what a command line or a config file can say
 
 
-def learnable(default: float | None, doc: str) -> Any:
-    """A hyperparameter that may be a tensor with a gradient; the marker that self-tuning components look for."""
-    return field(default=default, metadata={"learnable": True, "doc": doc})
+#: Marks a hyperparameter that may be a tensor with a gradient; self-tuning components look for it.
+LEARNABLE = {"learnable": True}
 
 
 @dataclass(frozen=True)
 class Hyper:
     """The numbers of one update. Each is a float for all lifetimes or a tensor [P, 1] with one for each."""
 
-    learning_rate: Scalar = learnable(3e-4, "step size of the agent's update rule")
-    gamma: Scalar = learnable(0.99, "discount per environment step")
-    gae_lambda: Scalar = learnable(0.95, "trace decay of the advantage")
-    clip_range: Scalar = learnable(0.2, "how far the probability ratio may move from 1")
-    clip_range_vf: Scalar | None = learnable(None, "how far the value may move in one update; None: freely")
-    ent_coef: Scalar = learnable(0.0, "weight of the policy's entropy (nats) in the loss")
-    vf_coef: Scalar = learnable(0.5, "weight of the value loss")
-    aux_coef: Scalar = learnable(1.0, "weight of an objective's own prediction loss and of the auxiliary loss")
-    max_grad_norm: Scalar = learnable(0.5, "bound on the norm of one agent's gradient; infinity: none")
+    learning_rate: Scalar = field(default=3e-4, metadata=LEARNABLE)
+    """step size of the agent's update rule"""
+    gamma: Scalar = field(default=0.99, metadata=LEARNABLE)
+    """discount per environment step"""
+    gae_lambda: Scalar = field(default=0.95, metadata=LEARNABLE)
+    """trace decay of the advantage per environment step"""
+    clip_range: Scalar = field(default=0.2, metadata=LEARNABLE)
+    """how far the probability ratio may move from 1"""
+    clip_range_vf: Scalar | None = field(default=None, metadata=LEARNABLE)
+    """how far the value may move in one update, in units of return; None: freely"""
+    ent_coef: Scalar = field(default=0.0, metadata=LEARNABLE)
+    """weight of the policy's entropy (nats) in the loss"""
+    vf_coef: Scalar = field(default=0.5, metadata=LEARNABLE)
+    """weight of the value loss"""
+    aux_coef: Scalar = field(default=1.0, metadata=LEARNABLE)
+    """weight of an objective's own prediction loss (LPG's alpha_y) and of the auxiliary loss"""
+    max_grad_norm: Scalar = field(default=0.5, metadata=LEARNABLE)
+    """bound on the norm of one agent's gradient; inf: none"""
 
     def replace(self, **changes: Scalar | None) -> Hyper:
         return dataclasses.replace(self, **changes)
@@ -136,6 +147,8 @@ class Objective(Component):
 
     slot = "objective"
     needs_value: ClassVar[bool] = True
+    #: whether the outer gradient passes through what `prepare` reads from `out` (else `prepare` detaches it)
+    differentiates_inputs: bool = False
 
     def settings(self, tabular: bool) -> dict[str, Any]:
         """Fields of `PPOConfig` that suit this objective, for a user who names none; the rest keep their defaults."""

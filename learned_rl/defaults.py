@@ -92,6 +92,8 @@ class PPOClip(Objective):
 def normalise(x: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 within each lifetime of a minibatch [P, n] or of a rollout [T, P, B]."""
     axes = (-1,) if x.dim() == 2 else (0, 2)
+    if x.numel() == x.shape[-1 if x.dim() == 1 else -2 if x.dim() == 2 else 1]:
+        return x  # one number a lifetime has no spread
     std, mean = torch.std_mean(x, axes, keepdim=True)
     return (x - mean) / (std + 1e-8)
 

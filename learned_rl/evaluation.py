@@ -82,10 +82,6 @@ class Curves:
         """[tasks, seeds] mean over the lifetime (trapezoids between checkpoints)."""
         return np.trapezoid(self.returns, self.steps, axis=0) / (self.steps[-1] - self.steps[0])
 
-    def normalised(self, zero: Array, one: Array) -> Curves:
-        """Returns on a scale where `zero [tasks]` is 0 and `one [tasks]` is 1."""
-        return Curves(self.steps, (self.returns - zero[:, None]) / (one - zero)[:, None])
-
 
 def repeat_tasks(tasks: Tasks, times: int) -> Tasks:
     """Every task `times` times in a row."""

@@ -10,6 +10,7 @@ window are truncated backpropagation with the optimizer's state carried over.
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -44,6 +45,9 @@ class Inner(ABC):
     @abstractmethod
     def step(self, loss: Tensor, hyper: Hyper, active: Tensor | None = None) -> None:
         """One step on the losses `[P]` (each lifetime descends its own); only where `active [P]`, if given."""
+
+    def branch(self) -> None:
+        """What was computed so far is a constant of the next inner gradient (but not of the outer one)."""
 
     def _move(self, grad: Tensor, theta: Tensor, hyper: Hyper, active: Tensor | None) -> tuple[Tensor, Tree]:
         """New parameters and state from the gradient; out of place."""
@@ -85,7 +89,8 @@ class GraphInner(Inner):
         self._fast = higher.monkeypatch(population, copy_initial_weights=True)
         torch_side = RuleOptimizer([population.theta], rule, rows=True)
         self._optimizer = _HigherRule(torch_side, [population.theta], fmodel=self._fast)
-        self._optimizer.inner = self
+        # Weak, since a cycle would keep the window's tensors until Python happens to look for cycles.
+        self._optimizer.inner = weakref.proxy(self)
 
     @property
     def theta(self) -> Tensor:
@@ -98,6 +103,10 @@ class GraphInner(Inner):
         self._optimizer.hyper, self._optimizer.active = hyper, active
         self._optimizer.step(loss.sum())
         # `higher` keeps every version of the parameters; the graph holds those that it needs.
+        del self._fast._fast_params[:-1]
+
+    def branch(self) -> None:
+        self._fast.update_params([self.theta.view_as(self.theta)])
         del self._fast._fast_params[:-1]
 
     def carry(self) -> tuple[Tensor, Tree]:

@@ -80,7 +80,6 @@ class PPOConfig:
         base = cls(n_steps=20, n_epochs=1, n_minibatches=1, optimizer="rmsprop", normalize_advantage=False, hyper=hyper)
         return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
-
     @classmethod
     def suited(cls, objective: Objective | None, observation_space: gymnasium.Space) -> Self:
         """The defaults, with whatever the objective asks for."""
@@ -182,14 +181,17 @@ class Algorithm:
         with torch.set_grad_enabled(whole or inner.graph):
             out = _revive(inner.agent(trajectory.obs), alive)
         next_value = self._next_value(inner, trajectory, out, alive) if slots.objective.needs_value else None
-        own = _of("objective", context)
-        batch, memory["objective"] = slots.objective.prepare(trajectory, out, next_value, hyper, own)
-        batch = batch | slots.auxiliary.prepare(trajectory, out, context)
+        own, linked = _of("objective", context), inner.graph and slots.objective.differentiates_inputs
+        seen = out if inner.graph else out.detach()  # stop: targets are constants of the inner gradient
+        batch, memory["objective"] = slots.objective.prepare(trajectory, seen, next_value, hyper, own)
+        batch = batch | slots.auxiliary.prepare(trajectory, seen, context)
+        if linked:
+            inner.branch()
         batch = {k: shield(v, 1) for k, v in batch.items()}
         rows = {"action": trajectory.action, "log_prob": trajectory.log_prob} | batch
         active: Tensor | None = None
         sums: list[Metrics] = []
-        first = out.map(lambda x: x[:-1]) if whole else None
+        first = out.map(lambda x: x[:-1]) if whole and not linked else None
         for part_out, part in self._parts(inner, trajectory, rows, first, generator):
             loss, metrics = slots.objective.loss(part_out, part, hyper)
             if not isinstance(slots.auxiliary, NoAuxiliary):
@@ -240,14 +242,16 @@ class Algorithm:
         All lifetimes share the permutation; their data are independent, and so are their minibatches.
         """
         c = self.config
-        if first is not None:
+        if c.n_minibatches == 1:
             for epoch in range(c.n_epochs):
-                yield (first if epoch == 0 else inner.agent(trajectory.obs[:-1])), rows
+                yield (first if first and epoch == 0 else inner.agent(trajectory.obs[:-1])), rows
             return
         obs = flatten_time(trajectory.obs[:-1])
         flat = {k: flatten_time(v) for k, v in rows.items()}
         for _ in range(c.n_epochs):
-            for index in torch.randperm(obs.shape[1], generator=generator, device=obs.device).chunk(c.n_minibatches):
+            for index in torch.randperm(obs.shape[1], generator=generator, device=obs.device).tensor_split(
+                c.n_minibatches
+            ):
                 yield inner.agent(obs.index_select(1, index)), {k: v.index_select(1, index) for k, v in flat.items()}
 
 

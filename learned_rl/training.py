@@ -78,14 +78,15 @@ class PPO:
         self.steps = 0
         self._returns = [deque[float](maxlen=WINDOW) for _ in range(seeds)]
 
-    def learn(self, total_steps: int, log: Log | None = None) -> PPO:
+    def learn(self, total_steps: int, log: Log | None = None, schedule: int | None = None) -> PPO:
         """Train every seed until it has taken `total_steps` environment steps in all, as whole updates.
 
-        Learning-rate schedules run over `total_steps`.
+        Args:
+            log:      called after every update.
+            schedule: environment steps over which learning-rate schedules run; None: `total_steps`.
         """
         per_update = self.config.n_steps * self.config.n_envs
-        horizon = math.ceil(total_steps / per_update)
-        self.lifetimes.horizon.fill_(horizon)
+        self.lifetimes.horizon.fill_(math.ceil((schedule or total_steps) / per_update))
         inner = self.lifetimes.plain()
         while self.steps < total_steps:
             record, ended = self.lifetimes.advance(inner)
@@ -117,7 +118,9 @@ class PPO:
 
     def state_dict(self) -> Tree:
         """Everything that the next update depends on."""
-        return {"steps": torch.tensor(self.steps)} | {f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()}
+        return {"steps": torch.tensor(self.steps)} | {
+            f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()
+        }
 
     def load_state_dict(self, state: Tree) -> None:
         self.steps = int(state["steps"])

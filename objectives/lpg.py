@@ -70,6 +70,7 @@ class LPG(Objective):
     def __init__(self, config: LPGConfig | None = None, **changes: object) -> None:
         super().__init__(dataclasses.replace(config or LPGConfig(), **changes))  # type: ignore[arg-type]
         c = self.config
+        self.differentiates_inputs = not c.stop_inputs
         inputs = 5 + c.see_gamma + 2 * c.lifetime
         self.phi = nn.Sequential(nn.Linear(c.predictions, c.embedding), nn.ReLU(), nn.Linear(c.embedding, 1))
         self.core = CORES[c.core](inputs, c.width)

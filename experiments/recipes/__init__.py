@@ -1,0 +1,67 @@
+"""Recipes: what to meta-train, on what, with which settings. Each is a Python file that defines `RECIPE`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from learned_rl.component import Objective
+from learned_rl.registry import components
+from learned_rl.tasks.base import unknown
+from meta_optimizers.trainer import MetaTrainConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One meta-training experiment."""
+
+    name: str
+    """of the recipe"""
+    about: str
+    """in one sentence"""
+    family: str
+    """task family, as `name/preset`"""
+    component: str
+    """registered name of the component to meta-train"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """the component's settings that differ from its defaults"""
+    train: MetaTrainConfig = field(default_factory=MetaTrainConfig)
+    """meta-training"""
+    meta_steps: int = 1000
+    """updates of the meta-parameters"""
+    minutes: float = 30.0
+    """stop after this much wall time, even if meta-steps are left; a run that resumes counts all of its time"""
+    validate_every: int = 100
+    """meta-steps between validations; the best component by validation is the one that is saved"""
+    validation_tasks: int = 32
+    """tasks of the validation side on which fresh agents live at each validation"""
+    checkpoint_every: int = 50
+    """meta-steps between checkpoints"""
+
+    def make_component(self) -> Objective:
+        """A fresh component with the recipe's settings."""
+        kind = components()[self.component]
+        component = kind.from_config(self.settings)
+        assert isinstance(component, Objective)
+        return component
+
+
+@cache
+def recipes() -> dict[str, Recipe]:
+    """Every recipe of this folder, by name."""
+    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+    return {m.RECIPE.name: m.RECIPE for m in modules}
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name not in recipes():
+        raise unknown("recipe", name, recipes())
+    return recipes()[name]

@@ -1,0 +1,166 @@
+"""The command line: `learned-rl COMMAND ...`. Commands are typed dataclasses; their fields are the options.
+
+A user's mistake is one sentence on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from learned_rl.types import UserError
+
+USAGE = """learned-rl: meta-learn the parts of a reinforcement-learning algorithm and plug them into PPO.
+
+  learned-rl meta-train RECIPE      meta-train a component on a task family
+  learned-rl train ENV              train PPO with learned parts, any number of seeds at once
+  learned-rl evaluate FILE          a component beside tuned baselines on held-out tasks
+  learned-rl report RUN...          tables and figures of finished runs, as one HTML page
+  learned-rl show FILE              what a component is, what it was trained on, a picture of what it learned
+  learned-rl list                   recipes, task families, components
+  learned-rl bench [GROUP...]       speed and memory, beside peers
+
+Every command explains its options with --help.
+"""
+
+
+def _options(kind: Any, command: str, words: list[str], default: Any = None) -> Any:
+    """Parse the options of a command into its dataclass."""
+    return tyro.cli(
+        kind, prog=f"learned-rl {command}", args=words, default=default, config=(tyro.conf.AvoidSubcommands,)
+    )
+
+
+def _operand(
+    command: str, what: str, words: list[str], choices: Callable[[], Any] | None = None
+) -> tuple[str, list[str]]:
+    """The command's first word, which must not be an option."""
+    if words and not words[0].startswith("-"):
+        return words[0], words[1:]
+    known = f" (one of: {', '.join(choices())})" if choices else ""
+    if words and words[0] in ("-h", "--help"):
+        return "", words
+    raise UserError(f"learned-rl {command} needs a {what}{known}; see `learned-rl {command} --help`.")
+
+
+def _meta_train(words: list[str], command: list[str]) -> None:
+    from experiments.meta_train import MetaTrain, meta_train
+    from experiments.recipes import get_recipe, recipes
+
+    name, rest = _operand("meta-train", "recipe", words, recipes)
+    recipe = get_recipe(name) if name else next(iter(recipes().values()))
+    args = _options(MetaTrain, f"meta-train {name or 'RECIPE'}", rest, MetaTrain(recipe))
+    print(f"component: {meta_train(args, command)}")
+
+
+def _train(words: list[str], command: list[str]) -> None:
+    from experiments.train import Train, suited, train
+
+    env, rest = _operand("train", "environment or family", words)
+    args = _options(Train, f"train {env or 'ENV'}", rest, suited(env, rest) if env else Train())
+    print(f"report: {train(env, args, command)}")
+
+
+def _evaluate(words: list[str], command: list[str]) -> None:
+    from experiments.evaluate import Evaluate, evaluate
+
+    path, rest = _operand("evaluate", "component file", words)
+    args = _options(Evaluate, f"evaluate {path or 'FILE'}", rest)
+    print(f"report: {evaluate(Path(path), args, command)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Tables and figures of finished runs, as one HTML page."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """run folders"""
+    out: Path = Path("report.html")
+    """the page"""
+
+
+def _report(words: list[str], command: list[str]) -> None:
+    from experiments.report import write_report
+
+    args = _options(Report, "report", words)
+    if not args.runs:
+        raise UserError("learned-rl report needs at least one run folder.")
+    print(f"report: {write_report(args.runs, args.out)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """What a component is, what it was trained on, and a picture of what it learned."""
+
+    file: tyro.conf.Positional[str]
+    """component file, or a registered name"""
+    out: Path | None = None
+    """the picture; default: beside the file, or NAME.png here"""
+
+
+def _show(words: list[str], command: list[str]) -> None:
+    from experiments.show import show
+
+    args = _options(Show, "show", words)
+    print(f"picture: {show(args.file, args.out)}")
+
+
+def _list(words: list[str], command: list[str]) -> None:
+    from experiments.show import print_catalogue
+
+    print_catalogue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Speed and memory, each figure beside a peer measured in the same run where there is one."""
+
+    groups: tyro.conf.Positional[tuple[str, ...]] = ()
+    """groups to run; default: all but `learning`"""
+    out: Path = Path("experiments/results/bench.json")
+    """where the figures go, as JSON"""
+
+
+def _bench(words: list[str], command: list[str]) -> None:
+    from experiments.bench import run
+
+    args = _options(Bench, "bench", words)
+    run(args.groups, args.out)
+
+
+COMMANDS: dict[str, Callable[[list[str], list[str]], None]] = {
+    "meta-train": _meta_train,
+    "train": _train,
+    "evaluate": _evaluate,
+    "report": _report,
+    "show": _show,
+    "list": _list,
+    "bench": _bench,
+}
+
+
+def main() -> None:
+    """Entry point of `learned-rl`."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        sys.exit(0)
+    try:
+        from experiments.threads import set_threads
+        from learned_rl.tasks.base import unknown
+
+        set_threads()
+        if words[0] not in COMMANDS:
+            raise unknown("command", words[0], COMMANDS)
+        COMMANDS[words[0]](words[1:], ["learned-rl", *words])
+    except UserError as error:
+        print(f"learned-rl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("learned-rl: interrupted; a run with a checkpoint continues with --out FOLDER --resume.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,151 @@
+"""`learned-rl meta-train RECIPE`: meta-train a component, keep the best by validation, leave a folder that resumes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from experiments.recipes import Recipe
+from experiments.report import metrics_figure, save_figure
+from experiments.runs import Progress, Run, default_folder, plain
+from experiments.scores import Scorer
+from learned_rl import __version__, artifacts
+from learned_rl.evaluation import iqm, learning_curves
+from learned_rl.registry import make_family
+from learned_rl.types import Tree
+from meta_optimizers.trainer import MetaTrainer
+
+ARTIFACT = "component.safetensors"
+FIGURE = Path("figures") / "training.png"
+
+
+@dataclass(frozen=True)
+class MetaTrain:
+    """Meta-train a component on a task family."""
+
+    recipe: Recipe
+    """what to meta-train, on what, with which settings"""
+    out: Path | None = None
+    """run folder; default: runs/RECIPE__seedN__TIME"""
+    seed: int = 0
+    """from which every random stream derives"""
+    resume: bool = False
+    """continue the run in --out from its checkpoint"""
+    device: str = "cpu"
+    """torch device"""
+
+
+class _Session:
+    """A meta-training run: trainer, folder, the best component so far."""
+
+    def __init__(self, args: MetaTrain, run: Run) -> None:
+        self.recipe, self.seed, self.run = args.recipe, args.seed, run
+        self.family = make_family(args.recipe.family)
+        torch.manual_seed(args.seed)  # initial weights of the component; everything else has streams of its own
+        component = args.recipe.make_component()
+        self.trainer = MetaTrainer(self.family, component, args.recipe.train, args.seed, args.device)
+        self.scorer = Scorer(self.family, "validation", args.recipe.validation_tasks)
+        self.best, self.elapsed, self.began = float("-inf"), 0.0, time.monotonic()
+        if args.resume:
+            self._load()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this run, over all its starts."""
+        return self.elapsed + time.monotonic() - self.began
+
+    def validate(self) -> dict[str, float]:
+        """Let fresh agents live on validation tasks; save the component if it is the best so far."""
+        trainer, recipe = self.trainer, self.recipe
+        horizon = trainer.lifetimes.horizon_range[1]
+        curves = learning_curves(
+            self.family,
+            trainer.algorithm,
+            horizon,
+            tasks=recipe.validation_tasks,
+            seeds=2,
+            split="validation",
+            checkpoints=5,
+            episodes=8,
+            device=trainer.lifetimes.device,
+        )
+        scored = self.scorer(curves)
+        final, area = iqm(scored.final), iqm(scored.area)
+        score = (final + area) / 2
+        if np.isfinite(score) and score > self.best:
+            self.best = score
+            artifacts.save(self.trainer.objective, self.run.path / ARTIFACT, self._provenance(final, area))
+        return {"meta/heldout_return": final, "meta/heldout_area": area}
+
+    def _provenance(self, final: float, area: float) -> dict[str, object]:
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "family": recipe.family,
+            "horizon": plain(recipe.train.horizon),
+            "agent": plain(recipe.train.agent),
+            "meta_steps": self.trainer.steps,
+            "environment_steps": self.trainer.environment_steps,
+            "minutes": round(self.seconds / 60, 2),
+            "seed": self.seed,
+            "validation": {"final": final, "area": area, "tasks": recipe.validation_tasks},
+            "version": __version__,
+        }
+
+    def checkpoint(self) -> None:
+        state: Tree = {f"trainer/{k}": v for k, v in self.trainer.state_dict().items()}
+        self.run.save_checkpoint(state | {"best": self.best, "elapsed": self.seconds, "step": self.trainer.steps})
+
+    def _load(self) -> None:
+        saved = self.run.load_checkpoint()
+        if saved is None:
+            return
+        self.trainer.load_state_dict({k[8:]: v for k, v in saved.items() if k.startswith("trainer/")})  # type: ignore[misc]
+        self.best, self.elapsed = float(saved["best"]), float(saved["elapsed"])
+        self.run.rewind(self.trainer.steps)
+
+
+def meta_train(args: MetaTrain, command: list[str]) -> Path:
+    """Run the recipe to its end; returns the component's file."""
+    recipe = args.recipe
+    folder = args.out or default_folder("runs", recipe.name, args.seed)
+    run = Run.create(folder, command=command, config=recipe, seed=args.seed, resume=args.resume)
+    with run, Progress(recipe.meta_steps, "meta-steps") as progress:
+        session = _Session(args, run)
+        trainer = session.trainer
+        fields: dict[str, float | str] = {}
+        validated = trainer.steps if args.resume else -1
+        while trainer.steps < recipe.meta_steps and session.seconds < recipe.minutes * 60:
+            before = trainer.environment_steps
+            tick = time.perf_counter()
+            metrics = trainer.step()
+            rate = (trainer.environment_steps - before) / (time.perf_counter() - tick)
+            run.log(trainer.steps, _tags(metrics))
+            fields |= {
+                "return": metrics["return"],
+                "meta_loss": metrics.get("loss", float("nan")),
+                "steps/s": round(rate),
+            }
+            if trainer.steps % recipe.validate_every == 0 or trainer.steps == recipe.meta_steps:
+                held_out = session.validate()
+                validated = trainer.steps
+                run.log(trainer.steps, held_out)
+                save_figure(metrics_figure(run.path), run.path / FIGURE)
+                fields["held_out"] = held_out["meta/heldout_return"]
+            if trainer.steps % recipe.checkpoint_every == 0:
+                session.checkpoint()
+            progress.update(trainer.steps, **fields)
+        if validated != trainer.steps:
+            run.log(trainer.steps, session.validate())
+        session.checkpoint()
+    return run.path / ARTIFACT
+
+
+def _tags(metrics: dict[str, float]) -> dict[str, float]:
+    """Outer-loop numbers under meta/, what the agents score under inner/."""
+    inner = {"return", "final_return"}
+    return {f"{'inner' if k in inner else 'meta'}/{k}": v for k, v in metrics.items()}

@@ -1,0 +1,41 @@
+"""LPG on the generalised grid worlds: the first thing to meta-learn, and what `make demo` runs.
+
+`learned-rl meta-train lpg-gridworld`; results and how the settings were found: `docs/objectives/lpg.md`.
+"""
+
+from experiments.recipes import Recipe
+from learned_rl.component import Hyper
+from learned_rl.ppo import PPOConfig
+from meta_optimizers.outer_critic import OuterCriticConfig
+from meta_optimizers.trainer import MetaTrainConfig
+from meta_optimizers.truncated import TruncatedConfig
+
+RECIPE = Recipe(
+    name="lpg-gridworld",
+    about="LPG with a small GRU on random grid worlds, tabular agents",
+    family="grid/medium",
+    component="lpg",
+    settings={"predictions": 8, "width": 32, "core": "gru"},
+    meta_steps=4000,
+    minutes=28.0,
+    train=MetaTrainConfig(
+        lifetimes=64,
+        horizon=100,
+        learning_rate=1e-3,
+        max_grad_norm=0.5,
+        agent=PPOConfig(
+            n_envs=16,
+            n_steps=20,
+            n_epochs=1,
+            n_minibatches=1,
+            optimizer="sgd",
+            hyper=Hyper(learning_rate=40.0, aux_coef=0.5, max_grad_norm=0.5),
+        ),
+        estimator=TruncatedConfig(
+            window=5,
+            policy_entropy=0.05,
+            regularisers={"prediction_entropy": -0.001, "pi_hat_square": 0.005, "y_hat_square": 0.001},
+        ),
+        critic=OuterCriticConfig(learning_rate=0.05, epochs=4),
+    ),
+)

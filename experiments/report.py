@@ -1,0 +1,417 @@
+"""Scores of evaluations as one CSV, summarised in tables, figures and a self-contained HTML page.
+
+The raw scores are rows `suite, method, task, seed, step, return, score`: `suite` is an environment or task family,
+`step` counts environment steps of one lifetime, `return` is undiscounted and per episode, `score` is the return on a
+scale where two references are 0 and 1 (empty where there is none). Aggregates are interquartile means over tasks and
+seeds with 95 % two-level bootstrap intervals, as `learned_rl.evaluation` explains.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import difflib
+import io
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jinja2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from experiments.runs import CONFIG, METRICS, SCORES, flatten, read_json, read_metrics, replacing
+from learned_rl.evaluation import Array, Curves, Interval, iqm_interval, ratio_interval
+from learned_rl.tasks.base import unknown
+from learned_rl.types import UserError
+
+Unit = Literal["score", "return"]
+
+COLUMNS = ("suite", "method", "task", "seed", "step", "return", "score")
+# Okabe and Ito's colours, told apart under every common colour blindness, without the yellow that white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":")  # one more for each time the colours are used up
+QUANTITY = {"score": "normalised score", "return": "return per episode"}
+PANELS = 12  # of a run's training curves
+FIRST = ("meta/loss", "meta/heldout_return", "eval/mean_reward", "rollout/ep_rew_mean", "meta/grad_norm")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one method scored on one suite.
+
+    Attributes:
+        returns: curves [C, tasks, seeds] of the return.
+        scores:  the same on the normalised scale, of the tasks kept [C, kept, seeds]; None: there is no such scale.
+        kept:    [tasks] bool, which tasks are scored.
+        label:   the method's name in tables and figures, made distinct where runs disagree about one method.
+        runs:    names of the run folders that these numbers come from.
+    """
+
+    suite: str
+    method: str
+    returns: Curves
+    scores: Curves | None
+    kept: Array
+    label: str
+    runs: tuple[str, ...] = ()
+
+    def curves(self, unit: Unit) -> Curves | None:
+        return self.returns if unit == "return" else self.scores
+
+    def rows(self) -> Iterator[tuple[object, ...]]:
+        """Rows of the CSV."""
+        column = np.cumsum(self.kept) - 1
+        for (c, task, seed), value in np.ndenumerate(self.returns.returns):
+            score = ""
+            if self.scores is not None and self.kept[task]:
+                score = repr(float(self.scores.returns[c, column[task], seed]))
+            yield self.suite, self.method, task, seed, int(self.returns.steps[c]), repr(float(value)), score
+
+
+def append_scores(
+    path: Path, suite: str, method: str, curves: Curves, scores: Curves | None = None, kept: Array | None = None
+) -> None:
+    """Add one method's curves on one suite; rows of the same two names are replaced, so that repeating is harmless.
+
+    Args:
+        curves: of returns [C, tasks, seeds].
+        scores: normalised, [C, kept, seeds]; None: there is no such scale.
+        kept:   [tasks] bool, the tasks that are scored; None: all.
+
+    Raises:
+        UserError: the file holds something else, or cannot be written.
+    """
+    kept = np.ones(curves.returns.shape[1], dtype=bool) if kept is None else kept
+    if scores is not None and scores.returns.shape != curves.returns[:, kept].shape:
+        raise ValueError(
+            f"scores {scores.returns.shape} do not fit returns {curves.returns[:, kept].shape} of tasks kept"
+        )
+    new = Scores(suite, method, curves, scores, kept, method)
+    others = [old for old in read_scores(path) if (old.suite, old.method) != (suite, method)] if path.exists() else []
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(
+        [COLUMNS, *(row for each in [*others, new] for row in each.rows())]
+    )
+    with replacing(path) as file:
+        file.write(table.getvalue().encode())
+
+
+def read_scores(path: Path) -> list[Scores]:
+    """The curves in a CSV of scores, in the order of first appearance.
+
+    Raises:
+        UserError: it cannot be read, has other columns, a cell that is no number, or gaps.
+    """
+    groups: dict[tuple[str, str], list[list[float]]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = csv.reader(file)
+            if (header := tuple(next(table, ()))) != COLUMNS:
+                raise UserError(f"{path} has the columns {', '.join(header)}: expected {', '.join(COLUMNS)}.")
+            for row in table:
+                if len(row) != len(COLUMNS):
+                    raise UserError(f"{path}, line {table.line_num}: {len(row)} cells, expected {len(COLUMNS)}.")
+                numbers = [float(cell) for cell in row[2:6]]
+                scored = [float(row[6]), 1.0] if row[6] else [0.0, 0.0]
+                groups.setdefault((row[0], row[1]), []).append(numbers + scored)
+    except ValueError as error:
+        raise UserError(f"{path}, line {table.line_num}: expected numbers ({error}).") from error
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+    return [_scores(path, suite, method, np.array(rows)) for (suite, method), rows in groups.items()]
+
+
+def _scores(path: Path, suite: str, method: str, rows: Array) -> Scores:
+    """Curves from rows [n, (task, seed, step, return, score, whether scored)] in any order."""
+    axes = [np.unique(rows[:, i], return_inverse=True) for i in (2, 0, 1)]
+    shape = tuple(len(values) for values, _ in axes)
+    grids = np.zeros((3, *shape))
+    index = tuple(inverse for _, inverse in axes)
+    filled = np.zeros(shape, dtype=int)
+    np.add.at(filled, index, 1)
+    if (filled != 1).any():
+        raise UserError(
+            f"{path}: {method!r} on {suite!r} has {len(rows)} rows, expected one for each of {shape[0]} steps x "
+            f"{shape[1]} tasks x {shape[2]} seeds."
+        )
+    for grid, column in zip(grids, rows.T[3:], strict=True):
+        grid[index] = column
+    steps, kept = axes[0][0].astype(int), grids[2].any((0, 2))
+    if not grids[2][:, kept].all():
+        raise UserError(f"{path}: {method!r} on {suite!r} has tasks of which only some rows have a score.")
+    scores = Curves(steps, grids[1][:, kept]) if kept.any() else None
+    return Scores(suite, method, Curves(steps, grids[0]), scores, kept, method)
+
+
+def merge_scores(folders: Sequence[Path]) -> list[Scores]:
+    """Scores of several runs. A method whose numbers differ between runs is kept apart, with the run in its label."""
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [folder.as_posix() for folder in folders]
+    groups: dict[tuple[str, str], list[Scores]] = {}
+    for name, folder in zip(names, folders, strict=True):
+        for new in read_scores(folder / SCORES) if (folder / SCORES).exists() else []:
+            group = groups.setdefault((new.suite, new.method), [])
+            twin = next((i for i, old in enumerate(group) if [*old.rows()] == [*new.rows()]), None)
+            if twin is None:
+                group.append(replace(new, runs=(name,)))
+            else:
+                group[twin] = replace(group[twin], runs=(*group[twin].runs, name))
+    for group in groups.values():
+        if len(group) > 1:
+            group[:] = [replace(each, label=f"{each.method} ({', '.join(each.runs)})") for each in group]
+    return [each for group in groups.values() for each in group]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a summary: interquartile means, and their ratios to a baseline's on the same tasks and seeds."""
+
+    suite: str
+    method: str
+    tasks: int
+    seeds: int
+    final: Interval
+    area: Interval
+    final_ratio: Interval | None
+    area_ratio: Interval | None
+
+    def cells(self) -> list[str]:
+        """What a table shows. A single run has no interval, and a ratio that means nothing is a dash."""
+        single = self.tasks * self.seeds == 1
+        intervals = (self.final, self.area, self.final_ratio, self.area_ratio)
+        shown = [_text(x, digits, single) for x, digits in zip(intervals, (3, 3, 2, 2), strict=True)]
+        return [self.suite, self.method, f"{self.tasks} × {self.seeds}", *shown]
+
+
+def _text(x: Interval | None, digits: int, single: bool) -> str:
+    """The interval with `digits` decimals, fewer for numbers above ten."""
+    if x is None:
+        return "–"
+    places = max(0, digits - math.floor(math.log10(max(abs(x.point), 1)))) if math.isfinite(x.point) else 0
+    point, low, high = (f"{value:.{places}f}" for value in (x.point, x.low, x.high))
+    return f"{point} (one run)" if single else f"{point} [{low}, {high}]"
+
+
+def summary_table(scores: Sequence[Scores], baseline: str | None = None, unit: Unit = "return") -> list[Row]:
+    """A row for each suite and method that was measured in `unit`.
+
+    Ratios are given where the baseline was measured on as many tasks and seeds and its interval lies above zero.
+
+    Raises:
+        UserError: `baseline` names none of the methods.
+    """
+    methods = {each.method for each in scores}
+    if baseline is not None and methods and baseline not in methods:
+        raise unknown("baseline", baseline, methods)
+    rows = []
+    for each in scores:
+        curves = each.curves(unit)
+        if curves is None:
+            continue
+        other = _baseline(each, scores, baseline)
+        against = None if other is None else other.curves(unit)
+        final, area = _whole_life(curves)
+        tasks, seeds = final.shape
+        base = (None, None) if against is None else _whole_life(against)
+        ratios = (_ratio(final, base[0]), _ratio(area, base[1]))
+        rows.append(Row(each.suite, each.label, tasks, seeds, iqm_interval(final), iqm_interval(area), *ratios))
+    return sorted(rows, key=lambda row: row.suite)
+
+
+def _whole_life(curves: Curves) -> tuple[Array, Array]:
+    """Final value and mean over the lifetime, [tasks, seeds] each; the same where there is only one checkpoint."""
+    return curves.final, curves.area if len(curves.steps) > 1 else curves.final
+
+
+def _baseline(each: Scores, scores: Sequence[Scores], name: str | None) -> Scores | None:
+    """The baseline on the same suite: of the same run where runs disagree, and none where that leaves a choice."""
+    found = [x for x in scores if x.suite == each.suite and x.method == name]
+    found = [x for x in found if set(x.runs) & set(each.runs)] or found
+    return found[0] if len(found) == 1 and each.method != name else None
+
+
+def _ratio(values: Array, baseline: Array | None) -> Interval | None:
+    if baseline is None or baseline.shape != values.shape or not iqm_interval(baseline).low > 0:
+        return None
+    return ratio_interval(values, baseline)
+
+
+def headings(baseline: str | None, unit: Unit) -> list[str]:
+    """Names of the columns of `Row.cells`."""
+    versus = baseline or "baseline"
+    means = [f"final {QUANTITY[unit]}", "mean over the lifetime"]
+    return ["suite", "method", "tasks × seeds", *means, f"final / {versus}", f"mean / {versus}"]
+
+
+def print_table(
+    rows: Sequence[Row], baseline: str | None = None, unit: Unit = "return", console: Console | None = None
+) -> None:
+    """The summary on the console; columns of ratios only where there are any."""
+    end = 7 if any(row.final_ratio or row.area_ratio for row in rows) else 5
+    table = Table(caption="interquartile mean [95 % bootstrap interval over tasks and seeds]", box=SIMPLE)
+    for i, heading in enumerate(headings(baseline, unit)[1:end]):
+        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    for suite, group in itertools.groupby(rows, lambda row: row.suite):
+        table.add_row(Text(suite, style="bold"))
+        for row in group:  # intervals go under their numbers, so that all columns fit a terminal
+            table.add_row(*(Text(cell.replace(" [", "\n[")) for cell in row.cells()[1:end]))
+        table.add_section()
+    (console or Console()).print(table)
+
+
+def _panels(n: int) -> tuple[Figure, list[Axes]]:
+    """A figure of `n` panels, three in a row."""
+    columns = min(n, 3)
+    rows = math.ceil(n / columns)
+    figure = Figure(figsize=(4.4 * columns, 3.2 * rows + 0.5), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for spare in axes[n:]:
+        spare.remove()
+    for ax in axes[:n]:
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return figure, axes[:n]
+
+
+def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Figure:
+    """A panel for each suite: interquartile mean over tasks and seeds along the lifetime, with its 95 % interval.
+
+    Raises:
+        UserError: nothing was measured in `unit`.
+    """
+    shown = [(each, curves) for each in scores if (curves := each.curves(unit)) is not None]
+    if not shown:
+        raise UserError(f"No {unit} to draw: expected at least one method that was measured.")
+    suites, labels = sorted({s.suite for s, _ in shown}), list(dict.fromkeys(s.label for s, _ in shown))
+    figure, axes = _panels(len(suites))
+    handles: dict[str, Any] = {}
+    for each, curves in shown:
+        ax, i = axes[suites.index(each.suite)], labels.index(each.label)
+        colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
+        points = [iqm_interval(at) for at in curves.returns]
+        (handles[each.label],) = ax.plot(curves.steps, [p.point for p in points], dash, color=colour, lw=1.8)
+        low, high = [p.low for p in points], [p.high for p in points]
+        ax.fill_between(curves.steps, low, high, color=colour, alpha=0.18, lw=0)
+    for ax, suite in zip(axes, suites, strict=True):
+        ax.set(title=suite, xlabel="environment steps of one lifetime", ylabel=QUANTITY[unit])
+    ordered = [handles[label] for label in labels]
+    figure.legend(ordered, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+    return figure
+
+
+def metrics_figure(run_folder: Path) -> Figure:
+    """Training curves out of metrics.csv, a panel for each tag: raw, and a running mean where there are many points.
+
+    Raises:
+        UserError: nothing was logged.
+    """
+    found = read_metrics(run_folder)
+    if not found:
+        raise UserError(f"No metrics in {run_folder / METRICS}: expected a run that has logged at least one step.")
+    order = sorted(found, key=lambda tag: (FIRST.index(tag) if tag in FIRST else len(FIRST), tag))
+    outer = any(tag.startswith(("meta/", "es/")) for tag in found)
+    figure, axes = _panels(min(len(order), PANELS))
+    for ax, tag in zip(axes, order, strict=False):
+        steps, values = found[tag]
+        width = len(values) // 25  # of the running mean
+        smooth = width > 1
+        ax.plot(steps, values, color=COLOURS[0], alpha=0.3 if smooth else 1, lw=1, marker="" if len(steps) > 1 else "o")
+        if smooth:
+            ax.plot(steps, running_mean(values, width), color=COLOURS[0], lw=1.8)
+        ax.set(title=tag, xlabel="meta-updates" if outer else "environment steps")
+    if len(order) > PANELS:
+        figure.supxlabel(f"{PANELS} of {len(order)} logged numbers; the others are in {METRICS}", fontsize=9)
+    return figure
+
+
+def running_mean(values: Array, width: int) -> Array:
+    """Mean of the finite values within `width // 2` of each place [n]; NaN where there is none."""
+    finite, window = np.isfinite(values), np.ones(width // 2 * 2 + 1)
+    terms = np.stack([np.where(finite, values, 0.0), finite])
+    total, count = (np.convolve(x, window, "full")[width // 2 : width // 2 + len(values)] for x in terms)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """The figure as a PNG of 150 dots per inch."""
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    return path
+
+
+def _embedded(figure: Figure) -> str:
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def _check(folder: Path) -> None:
+    if (folder / CONFIG).exists():
+        return
+    others = [p.parent.name for p in folder.parent.glob(f"*/{CONFIG}")]
+    near = difflib.get_close_matches(folder.name, others, n=1)
+    hint = f"did you mean {folder.parent / near[0]}?" if near else "expected a folder that a command wrote with --out."
+    raise UserError(f"{folder} holds no run (no {CONFIG} in it): {hint}")
+
+
+def _described(folder: Path, out: Path) -> dict[str, Any]:
+    """What the page says about one run."""
+    try:
+        text = {name: (folder / name).read_text(encoding="utf-8").strip() for name in ("command.txt", "git.txt")}
+    except OSError as error:
+        raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from error
+    files = [os.path.relpath(folder / name, out.parent) for name in (SCORES, METRICS) if (folder / name).exists()]
+    return {
+        "name": folder.resolve().name,
+        "command": text["command.txt"],
+        "git": text["git.txt"],
+        "seed": read_json(folder / "seed"),
+        "versions": read_json(folder / "versions.json"),
+        "config": flatten(read_json(folder / CONFIG)),
+        "files": [Path(file).as_posix() for file in files],
+        "training": _embedded(metrics_figure(folder)) if read_metrics(folder) else None,
+    }
+
+
+def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None) -> Path:
+    """An HTML page without outside parts about one or several runs: what was run, tables, figures, where the data are.
+
+    Args:
+        out:      the page to write.
+        baseline: method to whose numbers the others' are related.
+
+    Raises:
+        UserError: no folder, a folder that is no run, an unknown baseline, or a page that cannot be written.
+    """
+    if not folders:
+        raise UserError("A report needs at least one run folder: none was given.")
+    folders = list(dict.fromkeys(Path(folder) for folder in folders))
+    for folder in folders:
+        _check(folder)
+    scores = merge_scores(folders)
+    results = []
+    for unit in get_args(Unit):
+        if rows := summary_table(scores, baseline, unit):
+            picture = _embedded(learning_curve_figure(scores, unit))
+            results.append({"quantity": QUANTITY[unit], "head": headings(baseline, unit), "rows": rows, "png": picture})
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    runs = [_described(folder, out) for folder in folders]
+    page = template.get_template("report.html.j2").render(runs=runs, results=results, baseline=baseline)
+    with replacing(out) as file:
+        file.write(page.encode())
+    return out

@@ -1,0 +1,157 @@
+"""`learned-rl show FILE` and `learned-rl list`: what there is, and a picture of what was learned.
+
+Pictures are drawn from probes, so they need no environment: an objective is asked what it says about hand-made
+rollouts, or how its loss bends as the policy moves.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.recipes import recipes
+from experiments.report import COLOURS, save_figure
+from learned_rl import artifacts
+from learned_rl.component import Component, Context, Hyper
+from learned_rl.defaults import PPOClip
+from learned_rl.registry import components, families
+from learned_rl.trajectory import Trajectory
+from learned_rl.types import UserError
+from objectives.dpo import DPO
+from objectives.lpg import LPG
+
+T = 20  # steps of a probe rollout
+
+
+def show(file: str, out: Path | None) -> Path:
+    """Print what a component is and draw what it does; returns the picture.
+
+    Raises:
+        UserError: no such component, a damaged file, or a component of which there is no picture.
+    """
+    component = artifacts.get(file)
+    is_file = file.endswith(".safetensors")
+    _describe(component, artifacts.read_header(file)["provenance"] if is_file else {})
+    if isinstance(component, LPG):
+        figure = _lpg_figure(component)
+    elif isinstance(component, PPOClip):
+        figure = _surrogate_figure(component)
+    else:
+        raise UserError(f"There is no picture for the {component.slot} component {component.name!r}.")
+    return save_figure(figure, out or (Path(file).with_suffix(".png") if is_file else Path(f"{component.name}.png")))
+
+
+def _describe(component: Component, provenance: dict[str, Any]) -> None:
+    table = Table(show_header=False, title=f"{component.name} ({component.slot})")
+    paper = (type(component).__doc__ or "").strip().splitlines()[0]
+    table.add_row("what", paper)
+    table.add_row("parameters", f"{sum(p.numel() for p in component.parameters()):,}")
+    table.add_row("contract", str(component.contract))
+    for name, value in vars(component.config).items():
+        table.add_row(f"config: {name}", str(value))
+    for name, value in provenance.items():
+        table.add_row(f"trained: {name}", json.dumps(value) if isinstance(value, dict) else str(value))
+    Console().print(table)
+
+
+# --- LPG: what it says about one rewarded step -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _probe(net: LPG, reward: torch.Tensor, pi: torch.Tensor, done: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """pi_hat and y_hat of probe rollouts `[T, B]` of an agent whose predictions are uniform."""
+    dtype = net.policy_head.weight.dtype
+    zeros = torch.zeros_like(done)
+    rollout = Trajectory(zeros, zeros, reward, reward.to(dtype)[:, None], done[:, None], zeros[:, None])
+    uniform = torch.full((*reward.shape, net.config.predictions), 1 / net.config.predictions, dtype=dtype)
+    embedded = net.phi(uniform).squeeze(-1)[:, None]
+    context = Context(torch.full((1,), 50.0), torch.full((1,), 100.0), {})
+    pi_hat, y_hat = net.targets(rollout, pi.to(dtype)[:, None], embedded, embedded, Hyper(), context)
+    return pi_hat[:, 0], y_hat[:, 0]
+
+
+def _lpg_figure(net: LPG) -> Figure:
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    credit, strength, prediction = figure.subplots(1, 3)
+    steps = np.arange(T)
+    paid = 12
+    reward = torch.zeros(T, 4)
+    reward[paid] = torch.tensor([1.0, -1.0, 1.0, 0.0])
+    done = torch.zeros(T, 4, dtype=torch.bool)
+    done[6, 2] = True
+    pi_hat, y_hat = _probe(net, reward, torch.full((T, 4), 0.2), done)
+    push = -(pi_hat - pi_hat[:, 3:])  # what is minimised is log pi * pi_hat: a negative pi_hat raises the action
+    for i, label in enumerate(("reward +1 at step 12", "reward −1 at step 12", "+1, episode ends at step 6")):
+        credit.plot(steps, push[:, i], color=COLOURS[i], label=label, marker=".", linestyle="--" if i == 2 else "-")
+    credit.axvline(paid, color="0.8", zorder=0)
+    _label(credit, "step of the rollout", "push on log π, beyond no reward", "Credit of one reward")
+    rewards = torch.linspace(-1, 1, 21)
+    grid = torch.zeros(T, 21)
+    grid[paid] = rewards
+    for i, pi in enumerate((0.1, 0.5, 0.9)):
+        said, _ = _probe(net, grid, torch.full((T, 21), pi), torch.zeros(T, 21, dtype=torch.bool))
+        strength.plot(rewards, -said[paid], color=COLOURS[i], label=f"π(a|s) = {pi}")
+    _label(strength, "reward at the step", "push on log π at that step", "Strength")
+    moved = (y_hat - y_hat[:, 3:]).abs().sum(-1) / 2
+    for i, label in enumerate(("reward +1", "reward −1", "+1, episode ends at step 6")):
+        prediction.plot(
+            steps, moved[:, i], color=COLOURS[i], label=label, marker=".", linestyle="--" if i == 2 else "-"
+        )
+    prediction.axvline(paid, color="0.8", zorder=0)
+    _label(prediction, "step of the rollout", "total variation from no reward", "Shift of the prediction's target")
+    return figure
+
+
+# --- surrogates: the loss as a function of the ratio -----------------------------------------------------------------
+
+
+@torch.no_grad()
+def _surrogate_figure(objective: PPOClip) -> Figure:
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    ratio = torch.linspace(0.3, 2.2, 200)
+    others = {o.name: o for o in (PPOClip(), DPO(), objective)}
+    for ax, sign in zip(figure.subplots(1, 2), (1.0, -1.0), strict=True):
+        advantage = torch.full_like(ratio, sign)
+        ax.plot(ratio, ratio * sign, color="0.7", label="no clipping", linestyle=":")
+        for i, (name, each) in enumerate(others.items()):
+            gain = -each.policy_loss(ratio, ratio.log(), advantage, Hyper())
+            ax.plot(ratio, gain, color=COLOURS[i], label=name)
+        _label(ax, "probability ratio r", "gain of the policy (maximised)", f"Advantage {sign:+.0f}")
+    return figure
+
+
+def _label(ax: Axes, x: str, y: str, title: str) -> None:
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.set_title(title, fontsize=10)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(fontsize=7, frameon=False)
+
+
+# --- the catalogue -----------------------------------------------------------------------------------------------
+
+
+def print_catalogue() -> None:
+    """Recipes, families with their presets, components."""
+    console = Console()
+    table = Table(title="recipes", show_header=False)
+    for recipe in recipes().values():
+        table.add_row(recipe.name, f"{recipe.about} ({recipe.component} on {recipe.family})")
+    console.print(table)
+    table = Table(title="task families (name/preset)", show_header=False)
+    for name, family in families().items():
+        table.add_row(name, ", ".join(family.presets))
+    console.print(table)
+    table = Table(title="components", show_header=False)
+    for name, component in components().items():
+        table.add_row(name, component.slot, (component.__doc__ or "").strip().splitlines()[0])
+    console.print(table)

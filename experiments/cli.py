@@ -6,6 +6,7 @@ A user's mistake is one sentence on standard error and exit code 2.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from experiments.options import parse
 from learned_rl.types import UserError
 
 USAGE = """learned-rl: meta-learn the parts of a reinforcement-learning algorithm and plug them into PPO.
@@ -29,23 +31,16 @@ Every command explains its options with --help.
 """
 
 
-def _options(kind: Any, command: str, words: list[str], default: Any = None) -> Any:
-    """Parse the options of a command into its dataclass."""
-    return tyro.cli(
-        kind, prog=f"learned-rl {command}", args=words, default=default, config=(tyro.conf.AvoidSubcommands,)
-    )
-
-
 def _operand(
     command: str, what: str, words: list[str], choices: Callable[[], Any] | None = None
 ) -> tuple[str, list[str]]:
     """The command's first word, which must not be an option."""
     if words and not words[0].startswith("-"):
         return words[0], words[1:]
-    known = f" (one of: {', '.join(choices())})" if choices else ""
-    if words and words[0] in ("-h", "--help"):
+    if "-h" in words or "--help" in words:
         return "", words
-    raise UserError(f"learned-rl {command} needs a {what}{known}; see `learned-rl {command} --help`.")
+    known = f" (one of: {', '.join(choices())})" if choices else ""
+    raise UserError(f"{command} needs a {what}{known} before its options; see `learned-rl {command} --help`.")
 
 
 def _meta_train(words: list[str], command: list[str]) -> None:
@@ -54,15 +49,15 @@ def _meta_train(words: list[str], command: list[str]) -> None:
 
     name, rest = _operand("meta-train", "recipe", words, recipes)
     recipe = get_recipe(name) if name else next(iter(recipes().values()))
-    args = _options(MetaTrain, f"meta-train {name or 'RECIPE'}", rest, MetaTrain(recipe))
+    args = parse(MetaTrain, f"meta-train {name or 'RECIPE'}", rest, MetaTrain(recipe))
     print(f"component: {meta_train(args, command)}")
 
 
 def _train(words: list[str], command: list[str]) -> None:
     from experiments.train import Train, suited, train
 
-    env, rest = _operand("train", "environment or family", words)
-    args = _options(Train, f"train {env or 'ENV'}", rest, suited(env, rest) if env else Train())
+    env, rest = _operand("train", "gymnasium id or task family", words)
+    args = parse(Train, f"train {env or 'ENV'}", rest, suited(env, rest) if env else Train())
     print(f"report: {train(env, args, command)}")
 
 
@@ -70,7 +65,7 @@ def _evaluate(words: list[str], command: list[str]) -> None:
     from experiments.evaluate import Evaluate, evaluate
 
     path, rest = _operand("evaluate", "component file", words)
-    args = _options(Evaluate, f"evaluate {path or 'FILE'}", rest)
+    args = parse(Evaluate, f"evaluate {path or 'FILE'}", rest)
     print(f"report: {evaluate(Path(path), args, command)}")
 
 
@@ -87,7 +82,7 @@ class Report:
 def _report(words: list[str], command: list[str]) -> None:
     from experiments.report import write_report
 
-    args = _options(Report, "report", words)
+    args = parse(Report, "report", words)
     if not args.runs:
         raise UserError("learned-rl report needs at least one run folder.")
     print(f"report: {write_report(args.runs, args.out)}")
@@ -106,13 +101,19 @@ class Show:
 def _show(words: list[str], command: list[str]) -> None:
     from experiments.show import show
 
-    args = _options(Show, "show", words)
+    args = parse(Show, "show", words)
     print(f"picture: {show(args.file, args.out)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+    """Recipes, task families with their presets, components."""
 
 
 def _list(words: list[str], command: list[str]) -> None:
     from experiments.show import print_catalogue
 
+    parse(List, "list", words)
     print_catalogue()
 
 
@@ -129,7 +130,7 @@ class Bench:
 def _bench(words: list[str], command: list[str]) -> None:
     from experiments.bench import run
 
-    args = _options(Bench, "bench", words)
+    args = parse(Bench, "bench", words)
     run(args.groups, args.out)
 
 
@@ -161,6 +162,10 @@ def main() -> None:
     except UserError as error:
         print(f"learned-rl: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("learned-rl: interrupted; a run with a checkpoint continues with --out FOLDER --resume.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        saved = f" and saved; the same command with --out {interrupt.args[0]} --resume continues" * bool(interrupt.args)
+        print(f"learned-rl: interrupted{saved}.", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails as well
+        sys.exit(1)

@@ -7,7 +7,6 @@ learned one on the family it was trained on, the same number of tuning trials on
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from gymnasium.spaces import Discrete
 
+from experiments.options import usable_device
 from experiments.report import Unit, append_scores, print_table, read_scores, summary_table, write_report
 from experiments.runs import SCORES, Progress, Run, default_folder
 from experiments.scores import Scorer
@@ -25,7 +25,7 @@ from learned_rl.evaluation import learning_curves
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import TaskFamily, unknown
-from learned_rl.types import UserError
+from learned_rl.types import UserError, at_least
 from objectives.dpo import DPO
 
 BASELINES = ("a2c", "ppo", "dpo", "untrained")
@@ -44,7 +44,8 @@ class Evaluate:
     seeds: int = 4
     """agents on each task"""
     updates: int | None = None
-    """agent updates of the learned method in a lifetime; default: as in meta-training. Others get the same environment steps"""
+    """agent updates of the learned method in a lifetime; default: as in meta-training. Others get as many environment
+    steps"""
     trials: int = 48
     """Optuna trials for each method that is tuned; 0: default settings"""
     tuning_tasks: int = 32
@@ -59,6 +60,12 @@ class Evaluate:
     """of tasks and agents"""
     device: str = "cpu"
     """torch device"""
+
+    def __post_init__(self) -> None:
+        names = ("tasks", "seeds", "updates", "tuning_tasks", "checkpoints", "episodes")
+        at_least(1, **{name: getattr(self, name) for name in names})
+        at_least(0, trials=self.trials, seed=self.seed)
+        usable_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def trained_agent(header: dict[str, Any]) -> PPOConfig:
     values = dict(header["provenance"]["agent"])
     numbers = {k: float(v) if v is not None else None for k, v in values.pop("hyper").items()}
     values.pop("agent")
-    return PPOConfig(**values, hyper=Hyper(**numbers))
+    return PPOConfig(**values, hyper=Hyper().replace(**numbers))
 
 
 def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
@@ -138,8 +145,7 @@ def evaluate(path: Path, args: Evaluate, command: list[str]) -> Path:
     with run:
         if args.trials:
             tuned = _tune_all(family, methods, args)
-            found = {name: dataclasses.asdict(result) for name, result in tuned.items()}
-            (run.path / "tuned.json").write_text(json.dumps(found, indent=2) + "\n")
+            run.write_json("tuned.json", {k: dataclasses.asdict(v) for k, v in tuned.items()})
         else:
             tuned = {}
         total = sum(m.horizon for m in methods)
@@ -164,7 +170,8 @@ def evaluate(path: Path, args: Evaluate, command: list[str]) -> Path:
                     progress=show,
                 )
                 done += method.horizon
-                append_scores(run.path / SCORES, name, method.name, curves, scorer(curves) if scorer.exact else None)
+                scored = (scorer(curves), scorer.kept) if scorer.exact else (None, None)
+                append_scores(run.path / SCORES, name, method.name, curves, *scored)
     baseline = methods[1].name if len(methods) > 1 else None
     scores = read_scores(run.path / SCORES)
     unit: Unit = "score" if scorer.exact else "return"

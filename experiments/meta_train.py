@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.interrupt import holding_interrupts
+from experiments.options import usable_device
 from experiments.recipes import Recipe
 from experiments.report import metrics_figure, save_figure
 from experiments.runs import Progress, Run, default_folder, plain
@@ -16,7 +18,7 @@ from experiments.scores import Scorer
 from learned_rl import __version__, artifacts
 from learned_rl.evaluation import iqm, learning_curves
 from learned_rl.registry import make_family
-from learned_rl.types import Tree
+from learned_rl.types import Tree, at_least
 from meta_optimizers.trainer import MetaTrainer
 
 ARTIFACT = "component.safetensors"
@@ -38,20 +40,25 @@ class MetaTrain:
     device: str = "cpu"
     """torch device"""
 
+    def __post_init__(self) -> None:
+        at_least(0, seed=self.seed)
+        usable_device(self.device)
+
 
 class _Session:
     """A meta-training run: trainer, folder, the best component so far."""
 
-    def __init__(self, args: MetaTrain, run: Run) -> None:
-        self.recipe, self.seed, self.run = args.recipe, args.seed, run
+    run: Run
+
+    def __init__(self, args: MetaTrain) -> None:
+        self.recipe, self.seed = args.recipe, args.seed
         self.family = make_family(args.recipe.family)
         torch.manual_seed(args.seed)  # initial weights of the component; everything else has streams of its own
         component = args.recipe.make_component()
         self.trainer = MetaTrainer(self.family, component, args.recipe.train, args.seed, args.device)
         self.scorer = Scorer(self.family, "validation", args.recipe.validation_tasks)
-        self.best, self.elapsed, self.began = float("-inf"), 0.0, time.monotonic()
-        if args.resume:
-            self._load()
+        self.best, self.validated = float("-inf"), -1
+        self.elapsed, self.began = 0.0, time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -76,18 +83,19 @@ class _Session:
         scored = self.scorer(curves)
         final, area = iqm(scored.final), iqm(scored.area)
         score = (final + area) / 2
-        if np.isfinite(score) and score > self.best:
-            self.best = score
+        self.validated = trainer.steps
+        if score > self.best or not (self.run.path / ARTIFACT).exists():
+            self.best = score if np.isfinite(score) else self.best
             artifacts.save(self.trainer.objective, self.run.path / ARTIFACT, self._provenance(final, area))
         return {"meta/heldout_return": final, "meta/heldout_area": area}
 
     def _provenance(self, final: float, area: float) -> dict[str, object]:
         recipe = self.recipe
-        return {
+        values = {
             "recipe": recipe.name,
             "family": recipe.family,
-            "horizon": plain(recipe.train.horizon),
-            "agent": plain(recipe.train.agent),
+            "horizon": recipe.train.horizon,
+            "agent": recipe.train.agent,
             "meta_steps": self.trainer.steps,
             "environment_steps": self.trainer.environment_steps,
             "minutes": round(self.seconds / 60, 2),
@@ -95,17 +103,22 @@ class _Session:
             "validation": {"final": final, "area": area, "tasks": recipe.validation_tasks},
             "version": __version__,
         }
+        return plain(values)
 
     def checkpoint(self) -> None:
         state: Tree = {f"trainer/{k}": v for k, v in self.trainer.state_dict().items()}
-        self.run.save_checkpoint(state | {"best": self.best, "elapsed": self.seconds, "step": self.trainer.steps})
+        own = {"best": self.best, "validated": self.validated, "elapsed": self.seconds}
+        self.run.save_checkpoint(state | own)
 
-    def _load(self) -> None:
+    def resume(self) -> None:
+        """Continue from the checkpoint, or from the beginning where none was saved yet."""
         saved = self.run.load_checkpoint()
         if saved is None:
+            self.run.rewind(-1)
             return
         self.trainer.load_state_dict({k[8:]: v for k, v in saved.items() if k.startswith("trainer/")})  # type: ignore[misc]
-        self.best, self.elapsed = float(saved["best"]), float(saved["elapsed"])
+        self.best, self.validated = float(saved["best"]), int(saved["validated"])
+        self.elapsed = float(saved["elapsed"])
         self.run.rewind(self.trainer.steps)
 
 
@@ -113,12 +126,14 @@ def meta_train(args: MetaTrain, command: list[str]) -> Path:
     """Run the recipe to its end; returns the component's file."""
     recipe = args.recipe
     folder = args.out or default_folder("runs", recipe.name, args.seed)
-    run = Run.create(folder, command=command, config=recipe, seed=args.seed, resume=args.resume)
-    with run, Progress(recipe.meta_steps, "meta-steps") as progress:
-        session = _Session(args, run)
-        trainer = session.trainer
+    session = _Session(args)  # before the folder: what cannot be built leaves none
+    run = session.run = Run.create(folder, command=command, config=recipe, seed=args.seed, resume=args.resume)
+    trainer = session.trainer
+    if args.resume:
+        session.resume()
+    bar = Progress(recipe.meta_steps, "meta-steps", done=trainer.steps)
+    with run, holding_interrupts() as interrupted, bar as progress:
         fields: dict[str, float | str] = {}
-        validated = trainer.steps if args.resume else -1
         while trainer.steps < recipe.meta_steps and session.seconds < recipe.minutes * 60:
             before = trainer.environment_steps
             tick = time.perf_counter()
@@ -132,14 +147,16 @@ def meta_train(args: MetaTrain, command: list[str]) -> Path:
             }
             if trainer.steps % recipe.validate_every == 0 or trainer.steps == recipe.meta_steps:
                 held_out = session.validate()
-                validated = trainer.steps
                 run.log(trainer.steps, held_out)
                 save_figure(metrics_figure(run.path), run.path / FIGURE)
                 fields["held_out"] = held_out["meta/heldout_return"]
             if trainer.steps % recipe.checkpoint_every == 0:
                 session.checkpoint()
             progress.update(trainer.steps, **fields)
-        if validated != trainer.steps:
+            if interrupted():
+                session.checkpoint()
+                raise KeyboardInterrupt(run.path)
+        if session.validated != trainer.steps:
             run.log(trainer.steps, session.validate())
         session.checkpoint()
     return run.path / ARTIFACT

@@ -30,8 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.runs import CONFIG, METRICS, SCORES, flatten, read_json, read_metrics, replacing
+from experiments.runs import CONFIG, METRICS, SCORES, flatten, read_json, read_metrics
 from learned_rl.evaluation import Array, Curves, Interval, iqm_interval, ratio_interval
+from learned_rl.files import replacing
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError
 
@@ -43,7 +44,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", ":")  # one more for each time the colours are used up
 QUANTITY = {"score": "normalised score", "return": "return per episode"}
 PANELS = 12  # of a run's training curves
-FIRST = ("meta/loss", "meta/heldout_return", "eval/mean_reward", "rollout/ep_rew_mean", "meta/grad_norm")
+FIRST = ("inner/return", "eval/mean_reward", "meta/heldout_return", "meta/loss", "meta/grad_norm")
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,12 @@ def append_scores(
     """
     kept = np.ones(curves.returns.shape[1], dtype=bool) if kept is None else kept
     if scores is not None and scores.returns.shape != curves.returns[:, kept].shape:
-        raise ValueError(
-            f"scores {scores.returns.shape} do not fit returns {curves.returns[:, kept].shape} of tasks kept"
-        )
+        raise ValueError(f"scores of {scores.returns.shape} do not fit returns of {curves.returns[:, kept].shape}")
     new = Scores(suite, method, curves, scores, kept, method)
     others = [old for old in read_scores(path) if (old.suite, old.method) != (suite, method)] if path.exists() else []
     table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows(
-        [COLUMNS, *(row for each in [*others, new] for row in each.rows())]
-    )
+    rows = (row for each in [*others, new] for row in each.rows())
+    csv.writer(table, lineterminator="\n").writerows([COLUMNS, *rows])
     with replacing(path) as file:
         file.write(table.getvalue().encode())
 
@@ -119,14 +117,11 @@ def read_scores(path: Path) -> list[Scores]:
             table = csv.reader(file)
             if (header := tuple(next(table, ()))) != COLUMNS:
                 raise UserError(f"{path} has the columns {', '.join(header)}: expected {', '.join(COLUMNS)}.")
-            for row in table:
-                if len(row) != len(COLUMNS):
-                    raise UserError(f"{path}, line {table.line_num}: {len(row)} cells, expected {len(COLUMNS)}.")
-                numbers = [float(cell) for cell in row[2:6]]
-                scored = [float(row[6]), 1.0] if row[6] else [0.0, 0.0]
-                groups.setdefault((row[0], row[1]), []).append(numbers + scored)
+            for suite, method, task, seed, step, value, score in table:
+                row = [float(cell) for cell in (task, seed, step, value, score or "0", score != "")]
+                groups.setdefault((suite, method), []).append(row)
     except ValueError as error:
-        raise UserError(f"{path}, line {table.line_num}: expected numbers ({error}).") from error
+        raise UserError(f"{path}, line {table.line_num}: expected names, then numbers ({error}).") from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     return [_scores(path, suite, method, np.array(rows)) for (suite, method), rows in groups.items()]
@@ -136,17 +131,13 @@ def _scores(path: Path, suite: str, method: str, rows: Array) -> Scores:
     """Curves from rows [n, (task, seed, step, return, score, whether scored)] in any order."""
     axes = [np.unique(rows[:, i], return_inverse=True) for i in (2, 0, 1)]
     shape = tuple(len(values) for values, _ in axes)
-    grids = np.zeros((3, *shape))
-    index = tuple(inverse for _, inverse in axes)
-    filled = np.zeros(shape, dtype=int)
-    np.add.at(filled, index, 1)
-    if (filled != 1).any():
+    if len(np.unique(rows[:, :3], axis=0)) != len(rows) or len(rows) != math.prod(shape):
         raise UserError(
             f"{path}: {method!r} on {suite!r} has {len(rows)} rows, expected one for each of {shape[0]} steps x "
             f"{shape[1]} tasks x {shape[2]} seeds."
         )
-    for grid, column in zip(grids, rows.T[3:], strict=True):
-        grid[index] = column
+    grids = np.zeros((3, *shape))
+    grids[:, axes[0][1], axes[1][1], axes[2][1]] = rows.T[3:]
     steps, kept = axes[0][0].astype(int), grids[2].any((0, 2))
     if not grids[2][:, kept].all():
         raise UserError(f"{path}: {method!r} on {suite!r} has tasks of which only some rows have a score.")
@@ -217,8 +208,7 @@ def summary_table(scores: Sequence[Scores], baseline: str | None = None, unit: U
         raise unknown("baseline", baseline, methods)
     rows = []
     for each in scores:
-        curves = each.curves(unit)
-        if curves is None:
+        if (curves := each.curves(unit)) is None:
             continue
         other = _baseline(each, scores, baseline)
         against = None if other is None else other.curves(unit)
@@ -260,9 +250,10 @@ def print_table(
 ) -> None:
     """The summary on the console; columns of ratios only where there are any."""
     end = 7 if any(row.final_ratio or row.area_ratio for row in rows) else 5
-    table = Table(caption="interquartile mean [95 % bootstrap interval over tasks and seeds]", box=SIMPLE)
-    for i, heading in enumerate(headings(baseline, unit)[1:end]):
-        table.add_column(heading, justify="right" if i else "left", overflow="fold")
+    table = Table(caption="interquartile mean [95 % interval over tasks and seeds]", box=SIMPLE, padding=0)
+    for heading in headings(baseline, unit)[1:end]:
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=heading != "method", overflow="fold")
+    table.columns[0].justify = "left"
     for suite, group in itertools.groupby(rows, lambda row: row.suite):
         table.add_row(Text(suite, style="bold"))
         for row in group:  # intervals go under their numbers, so that all columns fit a terminal
@@ -272,10 +263,11 @@ def print_table(
 
 
 def _panels(n: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `n` panels, three in a row."""
-    columns = min(n, 3)
+    """A figure of `n` panels."""
+    columns = 2 if n == 4 else min(n, 3)
     rows = math.ceil(n / columns)
-    figure = Figure(figsize=(4.4 * columns, 3.2 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.5))
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)  # inches
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[n:]:
         spare.remove()
@@ -290,35 +282,31 @@ def _panels(n: int) -> tuple[Figure, list[Axes]]:
 def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Figure:
     """A panel for each suite: interquartile mean over tasks and seeds along the lifetime, with its 95 % interval.
 
-    Raises:
-        UserError: nothing was measured in `unit`.
+    Raises UserError if nothing was measured in `unit`.
     """
     shown = [(each, curves) for each in scores if (curves := each.curves(unit)) is not None]
     if not shown:
         raise UserError(f"No {unit} to draw: expected at least one method that was measured.")
-    suites, labels = sorted({s.suite for s, _ in shown}), list(dict.fromkeys(s.label for s, _ in shown))
+    suites, labels = sorted({s.suite for s, _ in shown}), [*dict.fromkeys(s.label for s, _ in shown)]
     figure, axes = _panels(len(suites))
     handles: dict[str, Any] = {}
     for each, curves in shown:
         ax, i = axes[suites.index(each.suite)], labels.index(each.label)
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
-        points = [iqm_interval(at) for at in curves.returns]
-        (handles[each.label],) = ax.plot(curves.steps, [p.point for p in points], dash, color=colour, lw=1.8)
-        low, high = [p.low for p in points], [p.high for p in points]
+        low, point, high = np.array([(p.low, p.point, p.high) for p in map(iqm_interval, curves.returns)]).T
+        (handles[each.label],) = ax.plot(curves.steps, point, dash, color=colour, lw=1.8, marker="o"[len(point) > 1 :])
         ax.fill_between(curves.steps, low, high, color=colour, alpha=0.18, lw=0)
     for ax, suite in zip(axes, suites, strict=True):
-        ax.set(title=suite, xlabel="environment steps of one lifetime", ylabel=QUANTITY[unit])
-    ordered = [handles[label] for label in labels]
-    figure.legend(ordered, labels, loc="outside lower center", ncols=min(len(labels), 4), frameon=False)
+        ax.set(title=suite, xlabel="environment steps of one lifetime", ylabel=f"{QUANTITY[unit]} (IQM)")
+    room = int(figure.get_figwidth() / (0.8 + 0.09 * max(map(len, labels))))  # inches of handle and letters
+    figure.legend(
+        [*handles.values()], labels, loc="outside lower center", ncols=max(1, min(len(labels), room)), frameon=False
+    )
     return figure
 
 
 def metrics_figure(run_folder: Path) -> Figure:
-    """Training curves out of metrics.csv, a panel for each tag: raw, and a running mean where there are many points.
-
-    Raises:
-        UserError: nothing was logged.
-    """
+    """Training curves out of metrics.csv, a panel for each tag; raises UserError if nothing was logged."""
     found = read_metrics(run_folder)
     if not found:
         raise UserError(f"No metrics in {run_folder / METRICS}: expected a run that has logged at least one step.")
@@ -327,11 +315,10 @@ def metrics_figure(run_folder: Path) -> Figure:
     figure, axes = _panels(min(len(order), PANELS))
     for ax, tag in zip(axes, order, strict=False):
         steps, values = found[tag]
-        width = len(values) // 25  # of the running mean
-        smooth = width > 1
+        smooth = len(values) >= 50
         ax.plot(steps, values, color=COLOURS[0], alpha=0.3 if smooth else 1, lw=1, marker="" if len(steps) > 1 else "o")
         if smooth:
-            ax.plot(steps, running_mean(values, width), color=COLOURS[0], lw=1.8)
+            ax.plot(steps, running_mean(values, len(values) // 25), color=COLOURS[0], lw=1.8)
         ax.set(title=tag, xlabel="meta-updates" if outer else "environment steps")
     if len(order) > PANELS:
         figure.supxlabel(f"{PANELS} of {len(order)} logged numbers; the others are in {METRICS}", fontsize=9)
@@ -339,10 +326,9 @@ def metrics_figure(run_folder: Path) -> Figure:
 
 
 def running_mean(values: Array, width: int) -> Array:
-    """Mean of the finite values within `width // 2` of each place [n]; NaN where there is none."""
+    """Mean of the finite values [n] within `width // 2 < n / 2` of each place; NaN where there is none."""
     finite, window = np.isfinite(values), np.ones(width // 2 * 2 + 1)
-    terms = np.stack([np.where(finite, values, 0.0), finite])
-    total, count = (np.convolve(x, window, "full")[width // 2 : width // 2 + len(values)] for x in terms)
+    total, count = (np.convolve(x, window, "same") for x in (np.where(finite, values, 0.0), finite))
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
@@ -359,9 +345,10 @@ def _embedded(figure: Figure) -> str:
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
-def _check(folder: Path) -> None:
+def _checked(folder: Path) -> Path:
+    """The folder, if it holds a run."""
     if (folder / CONFIG).exists():
-        return
+        return folder
     others = [p.parent.name for p in folder.parent.glob(f"*/{CONFIG}")]
     near = difflib.get_close_matches(folder.name, others, n=1)
     hint = f"did you mean {folder.parent / near[0]}?" if near else "expected a folder that a command wrote with --out."
@@ -371,14 +358,12 @@ def _check(folder: Path) -> None:
 def _described(folder: Path, out: Path) -> dict[str, Any]:
     """What the page says about one run."""
     try:
-        text = {name: (folder / name).read_text(encoding="utf-8").strip() for name in ("command.txt", "git.txt")}
+        text = {name: (folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in ("command", "git")}
     except OSError as error:
         raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from error
     files = [os.path.relpath(folder / name, out.parent) for name in (SCORES, METRICS) if (folder / name).exists()]
-    return {
+    return text | {
         "name": folder.resolve().name,
-        "command": text["command.txt"],
-        "git": text["git.txt"],
         "seed": read_json(folder / "seed"),
         "versions": read_json(folder / "versions.json"),
         "config": flatten(read_json(folder / CONFIG)),
@@ -399,19 +384,16 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
     """
     if not folders:
         raise UserError("A report needs at least one run folder: none was given.")
-    folders = list(dict.fromkeys(Path(folder) for folder in folders))
-    for folder in folders:
-        _check(folder)
+    folders = [_checked(folder) for folder in dict.fromkeys(folders)]
     scores = merge_scores(folders)
     results = []
     for unit in get_args(Unit):
         if rows := summary_table(scores, baseline, unit):
             picture = _embedded(learning_curve_figure(scores, unit))
             results.append({"quantity": QUANTITY[unit], "head": headings(baseline, unit), "rows": rows, "png": picture})
-    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    runs = [_described(folder, out) for folder in folders]
-    page = template.get_template("report.html.j2").render(runs=runs, results=results, baseline=baseline)
+    source = (Path(__file__).parent / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    template = jinja2.Template(source, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page = template.render(runs=[_described(folder, out) for folder in folders], results=results, baseline=baseline)
     with replacing(out) as file:
         file.write(page.encode())
     return out

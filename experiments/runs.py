@@ -26,10 +26,9 @@ import shlex
 import subprocess
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TextIO
+from typing import Any, Self, TextIO
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 from torch import Tensor
 
+from learned_rl.files import replacing, speaking
 from learned_rl.types import UserError
 
 CONFIG, METRICS, CHECKPOINT, SCORES = "config.json", "metrics.csv", "checkpoint.pt", "scores.csv"
@@ -47,40 +47,6 @@ HEADER = "step,tag,value\n"
 PACKAGES = ("learned-rl", "torch", "numpy", "gymnasium", "higher")
 
 Checkpoint = dict[str, Tensor | int | float | str]
-
-
-@contextmanager
-def _speaking(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to write at `path` into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` in one step once it is wholly on disk; after any error, nothing changed.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    part = path.with_name(f".{path.name}.part")
-    with _speaking(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            with suppress(OSError):
-                part.unlink()
-        if os.name == "posix":  # elsewhere a folder cannot be opened, and renaming is durable by itself
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
 
 
 def plain(value: object) -> Any:
@@ -208,7 +174,7 @@ class Run:
             raise UserError(f"{path} holds no run that --resume could continue: leave --resume out, or correct --out.")
         if held:
             _same_config(path, values, seed)
-        with _speaking(path):
+        with speaking(path):
             path.mkdir(parents=True, exist_ok=True)
             mode = "a" if held else "w"
             for name, line in (("command.txt", shlex.join(command)), ("git.txt", git_revision())):
@@ -236,7 +202,7 @@ class Run:
         rows = io.StringIO()
         scalars = {tag: float(value) for tag, value in values.items()}
         csv.writer(rows, lineterminator="\n").writerows((int(step), tag, repr(x)) for tag, x in scalars.items())
-        with _speaking(self.path):
+        with speaking(self.path):
             if self._csv is None:
                 self._csv = (self.path / METRICS).open("a", encoding="utf-8", newline="")
                 if self._csv.tell() == 0:
@@ -269,7 +235,7 @@ class Run:
             with replacing(path) as file:
                 file.writelines([HEADER.encode(), *kept])
 
-    def save_checkpoint(self, tree: Checkpoint) -> None:
+    def save_checkpoint(self, tree: Mapping[str, Tensor | int | float | str]) -> None:
         """Replace the checkpoint in one step; whoever is killed meanwhile finds the one before.
 
         Raises:
@@ -280,7 +246,7 @@ class Run:
                 raise TypeError(
                     f"checkpoint entry {name!r} is {type(value).__name__}: expected a tensor, number or text"
                 )
-        with _speaking(self.path):
+        with speaking(self.path):
             if self._csv is not None:  # a checkpoint must not outlive the rows before it
                 os.fsync(self._csv.fileno())
         with replacing(self.path / CHECKPOINT) as file:

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiments.interrupt import holding_interrupts
+from experiments.options import usable_device
 from experiments.report import append_scores, print_table, read_scores, summary_table, write_report
 from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPO, PPOConfig, artifacts
@@ -17,6 +19,7 @@ from learned_rl.component import Objective
 from learned_rl.evaluation import Curves
 from learned_rl.registry import make_family
 from learned_rl.tasks.base import unknown
+from learned_rl.types import at_least
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Train:
     config: PPOConfig = field(default_factory=PPOConfig)
     """settings of the algorithm; the defaults are what suits the objective"""
 
+    def __post_init__(self) -> None:
+        at_least(1, steps=self.steps, seeds=self.seeds, checkpoints=self.checkpoints, episodes=self.episodes)
+        at_least(0, seed=self.seed)
+        usable_device(self.device)
+
 
 def train(env: str, args: Train, command: list[str]) -> Path:
     """Train, evaluate along the way, write the report; returns its path."""
@@ -64,31 +72,39 @@ def train(env: str, args: Train, command: list[str]) -> Path:
     out = args.out or default_folder("runs", f"{method}-{env.replace('/', '-')}", args.seed)
     settings = {"env": env} | {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
     run = Run.create(out, command=command, config=settings, seed=args.seed, resume=args.resume)
-    marks = np.unique(np.linspace(0, args.steps, args.checkpoints + 1).round().astype(int))
+    per_update = args.config.n_steps * args.config.n_envs
+    marks = np.unique(np.ceil(np.linspace(0, args.steps, args.checkpoints + 1) / per_update).astype(int)) * per_update
     steps: list[int] = []
     returns: list[np.ndarray] = []
-    if args.resume and (saved := run.load_checkpoint()) is not None:
-        agent.load_state_dict({k[6:]: v for k, v in saved.items() if k.startswith("agent/")})  # type: ignore[misc]
-        steps, returns = saved["steps"].tolist(), list(saved["returns"].numpy())  # type: ignore[union-attr]
-        run.rewind(agent.steps)
-    with run, Progress(args.steps, "environment steps", done=agent.steps) as progress:
-        began, first = time.perf_counter(), agent.steps
+    if args.resume:
+        if (saved := run.load_checkpoint()) is not None:
+            agent.load_state_dict({k[6:]: v for k, v in saved.items() if k.startswith("agent/")})  # type: ignore[misc]
+            steps, returns = saved["steps"].tolist(), list(saved["returns"].numpy())  # type: ignore[union-attr]
+        run.rewind(agent.steps if saved else -1)
+    began, first = time.perf_counter(), agent.steps
+    bar = Progress(args.steps, "environment steps", done=first)
+    with run, holding_interrupts() as interrupted, bar as progress:
 
         def log(done: int, metrics: dict[str, float]) -> None:
             rate = (done - first) * args.seeds / (time.perf_counter() - began)
             mean = metrics.pop("return")
             run.log(done, {"rollout/ep_rew_mean": mean, "time/fps": rate} | sb3_tags(metrics))
             progress.update(min(done, args.steps), **{"return": mean, "steps/s": round(rate)})
+            save_if_interrupted()
 
-        for mark in marks:
-            if mark < agent.steps and len(steps) > np.searchsorted(marks, mark):
-                continue
+        def save_if_interrupted() -> None:
+            if interrupted():
+                _checkpoint(run, agent, steps, returns)
+                raise KeyboardInterrupt(run.path)
+
+        for mark in marks[len(steps) :]:
             agent.learn(int(mark), log, schedule=args.steps)
             scores = agent.evaluate(args.episodes)
             steps.append(agent.steps)
             returns.append(scores.cpu().double().numpy())
             run.log(agent.steps, {"eval/mean_reward": float(scores.mean())})
             _checkpoint(run, agent, steps, returns)
+            save_if_interrupted()
     append_scores(run.path / SCORES, env, method, Curves(np.array(steps), np.stack(returns)[:, None]), None)
     print_table(summary_table(read_scores(run.path / SCORES)))
     return write_report([run.path], run.path / "report.html")

@@ -162,6 +162,7 @@ class MLPAgent(Agent):
         shared: bool = False,
     ) -> None:
         super().__init__(policy, heads, value, len(shape))
+        shared = shared or not (policy.size or heads)  # an agent that only values needs one trunk
         self.activation, self.depth, self.shared = _ACTIVATIONS[activation], len(hidden), shared
         sizes = [math.prod(shape), *hidden]
         self.layers: dict[str, tuple[int, int, float]] = {}  # name -> (in, out, gain)

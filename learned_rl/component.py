@@ -63,7 +63,8 @@ class Hyper:
     """bound on the norm of one agent's gradient; inf: none"""
 
     def replace(self, **changes: Scalar | None) -> Hyper:
-        return dataclasses.replace(self, **changes)
+        """The same numbers but for some."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Component(nn.Module):
     slot: ClassVar[str]
     name: ClassVar[str]
     contract: ClassVar[int] = 1
-    Config: ClassVar[type]
+    Config: ClassVar[Any]
     config: Any
 
     @classmethod

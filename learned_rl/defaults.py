@@ -7,6 +7,7 @@ Schulman et al., "Proximal Policy Optimization Algorithms", 2017, arXiv:1707.063
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +44,8 @@ class PPOClip(Objective):
     With one epoch and one minibatch r is 1, and this is the advantage actor-critic (A2C; Mnih et al., 2016).
     """
 
-    name, Config = "ppo_clip", PPOClipConfig
+    name: ClassVar[str] = "ppo_clip"
+    Config: ClassVar[Any] = PPOClipConfig
 
     def prepare(
         self, trajectory: Trajectory, out: AgentOutput, next_value: Tensor | None, hyper: Hyper, context: Context
@@ -92,7 +94,7 @@ class PPOClip(Objective):
 def normalise(x: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 within each lifetime of a minibatch [P, n] or of a rollout [T, P, B]."""
     axes = (-1,) if x.dim() == 2 else (0, 2)
-    if x.numel() == x.shape[-1 if x.dim() == 1 else -2 if x.dim() == 2 else 1]:
+    if all(x.shape[i] == 1 for i in axes):
         return x  # one number a lifetime has no spread
     std, mean = torch.std_mean(x, axes, keepdim=True)
     return (x - mean) / (std + 1e-8)

@@ -13,8 +13,8 @@ from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -24,12 +24,12 @@ def log_softmax(x: Tensor) -> Tensor:
 
     torch's kernel for the last axis takes one row at a time; over the first axis it takes a vector of rows.
     """
-    return F.log_softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+    return functional.log_softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
 
 
 def softmax(x: Tensor) -> Tensor:
     """Softmax over the last axis; see `log_softmax`."""
-    return F.softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+    return functional.softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
 
 
 class Distribution(ABC):
@@ -131,7 +131,8 @@ class ClippedGaussian(Distribution):
         return self.mean, self.log_std
 
     def like(self, *params: Tensor) -> Self:
-        return type(self)(*params, low=self.low, high=self.high)
+        mean, log_std = params
+        return type(self)(mean, log_std, self.low, self.high)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         mean = self.mean.detach()  # stop: actions are data
@@ -167,16 +168,17 @@ class SquashedGaussian(ClippedGaussian):
 
     def _log_jacobian(self, u: Tensor) -> Tensor:
         # log(1 - tanh(u)^2) written so that it does not cancel for large |u|.
-        return 2 * (math.log(2.0) - u - F.softplus(-2 * u)) + ((self.high - self.low) / 2).log()
+        return 2 * (math.log(2.0) - u - functional.softplus(-2 * u)) + ((self.high - self.low) / 2).log()
 
     def log_prob(self, action: Tensor) -> Tensor:
         return super().log_prob(action) - self._log_jacobian(action).sum(-1)
 
     def entropy(self) -> Tensor:
-        # The Jacobian's mean has no closed form; Gauss-Hermite quadrature is exact enough (1e-6 nats) and has no noise.
+        # The Jacobian's mean has no closed form; Gauss-Hermite quadrature has no noise, and an
+        # error of 1e-7 nats at a standard deviation of 0.6, 1e-5 at 1, and 1e-2 at 2.7.
         nodes, weights = (self.mean.new_tensor(a) for a in np.polynomial.hermite_e.hermegauss(16))
         u = self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * nodes
-        jacobian = 2 * (math.log(2.0) - u - F.softplus(-2 * u)) @ (weights / weights.sum())
+        jacobian = 2 * (math.log(2.0) - u - functional.softplus(-2 * u)) @ (weights / weights.sum())
         return super().entropy() + (jacobian + ((self.high - self.low) / 2).log()).sum(-1)
 
     def to_env(self, action: Tensor) -> Tensor:

@@ -46,8 +46,9 @@ class Inner(ABC):
     def step(self, loss: Tensor, hyper: Hyper, active: Tensor | None = None) -> None:
         """One step on the losses `[P]` (each lifetime descends its own); only where `active [P]`, if given."""
 
+    @abstractmethod
     def branch(self) -> None:
-        """What was computed so far is a constant of the next inner gradient (but not of the outer one)."""
+        """Make what was computed so far a constant of the next inner gradient (but not of the outer one)."""
 
     def _move(self, grad: Tensor, theta: Tensor, hyper: Hyper, active: Tensor | None) -> tuple[Tensor, Tree]:
         """New parameters and state from the gradient; out of place."""
@@ -70,6 +71,9 @@ class PlainInner(Inner):
 
     def agent(self, obs: Tensor) -> AgentOutput:
         return self.population(obs)
+
+    def branch(self) -> None:
+        """Nothing to do: without an outer gradient, what was computed is simply detached."""
 
     def step(self, loss: Tensor, hyper: Hyper, active: Tensor | None = None) -> None:
         (grad,) = torch.autograd.grad(loss.sum(), self.population.theta)

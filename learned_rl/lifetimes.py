@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from learned_rl.component import Context, Hyper
 from learned_rl.distributions import Distribution, stack
 from learned_rl.inner_loop import GraphInner, Inner, PlainInner
 from learned_rl.ppo import Algorithm, UpdateRecord
-from learned_rl.tasks.base import Split, TaskFamily
+from learned_rl.tasks.base import LifetimeEnv, Split, TaskFamily
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tasks, Tree
 
@@ -34,7 +34,7 @@ def stream(*names: object) -> torch.Generator:
 @torch.no_grad()
 def rollout(
     policy: Callable[[Tensor], AgentOutput],
-    env: object,
+    env: LifetimeEnv,
     obs: Tensor,
     steps: int,
     generator: torch.Generator,
@@ -57,7 +57,7 @@ def rollout(
     for _ in range(steps):
         distribution = policy(obs).policy
         action = distribution.mode() if greedy else distribution.sample(generator)
-        obs, reward, terminated, truncated, info = env.step(distribution.to_env(action).flatten(0, 1))  # type: ignore[attr-defined]
+        obs, reward, terminated, truncated, info = env.step(distribution.to_env(action).flatten(0, 1))
         obs = obs.unflatten(0, lead)
         seen.append(obs)
         policies.append(distribution)
@@ -195,6 +195,7 @@ class Lifetimes:
         self.memory = record.memory
         if not inner.graph:
             self.optimizer_state = inner.state
+            self.memory = {k: v.detach() for k, v in self.memory.items()}  # stop: nobody looks back
         self.age = self.age + 1
         return record, self.episodes(trajectory) if fresh else Episodes(*[torch.zeros_like(self.age)] * 3)
 
@@ -248,11 +249,8 @@ class Lifetimes:
             self.optimizer_state[name] = self.optimizer_state[name].clone()
             self.optimizer_state[name][p] = value[0]
 
-    def _draw_tasks(self, lifetimes: object) -> Tasks:
-        draws = [
-            self.family.sample(1, stream(self.split, self.seed, p, int(self.life[p])))
-            for p in lifetimes  # type: ignore[attr-defined]
-        ]
+    def _draw_tasks(self, lifetimes: Iterable[int]) -> Tasks:
+        draws = [self.family.sample(1, stream(self.split, self.seed, p, int(self.life[p]))) for p in lifetimes]
         return {k: torch.cat([d[k] for d in draws]) for k in draws[0]}
 
     def _shaped(self, obs: Tensor) -> Tensor:

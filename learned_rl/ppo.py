@@ -32,7 +32,7 @@ from learned_rl.component import (
 from learned_rl.defaults import Constants, ConstantsConfig, EnvironmentReward, NoAuxiliary, PPOClip, PPOClipConfig
 from learned_rl.inner_loop import Inner
 from learned_rl.trajectory import Trajectory, flatten_time
-from learned_rl.types import Tree, UserError
+from learned_rl.types import Tree, UserError, at_least
 from learned_rl.update_rules import RULES, Adam, AdamConfig
 
 
@@ -62,9 +62,7 @@ class PPOConfig:
     """the agent's architecture"""
 
     def __post_init__(self) -> None:
-        for name in ("n_envs", "n_steps", "n_epochs", "n_minibatches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: expected at least 1.")
+        at_least(1, n_envs=self.n_envs, n_steps=self.n_steps, n_epochs=self.n_epochs, n_minibatches=self.n_minibatches)
         if self.n_minibatches > self.n_envs * self.n_steps:
             raise UserError(
                 f"n_minibatches is {self.n_minibatches}, but an update has only {self.n_envs * self.n_steps} steps "

@@ -13,11 +13,11 @@ from torch import Tensor
 from learned_rl import artifacts
 from learned_rl.component import Component, Objective
 from learned_rl.evaluation import episode_returns
-from learned_rl.lifetimes import Lifetimes
+from learned_rl.lifetimes import Lifetimes, under
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import make_family
 from learned_rl.tasks.base import TaskFamily
-from learned_rl.types import Tasks, Tree, UserError
+from learned_rl.types import Tasks, Tree, at_least
 
 Plug = Component | str | Path | None
 #: Called after every update with the environment steps of one seed so far and what to log.
@@ -57,8 +57,7 @@ class PPO:
         tasks: Tasks | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        if seeds < 1:
-            raise UserError(f"seeds is {seeds}: expected at least 1.")
+        at_least(1, seeds=seeds)
         self.family = make_family(env) if isinstance(env, str) else env
         plugged = {
             "objective": _component(objective),
@@ -117,14 +116,17 @@ class PPO:
         return episode_returns(policy, self.family, tasks, episodes, seed, greedy, self.lifetimes.device)
 
     def state_dict(self) -> Tree:
-        """Everything that the next update depends on."""
-        return {"steps": torch.tensor(self.steps)} | {
-            f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()
-        }
+        """Everything that the next update, and what it logs, depends on."""
+        returns = torch.full((len(self._returns), WINDOW), math.nan, dtype=torch.float64)
+        for row, kept in zip(returns, self._returns, strict=True):
+            row[: len(kept)] = torch.tensor(list(kept), dtype=row.dtype)
+        own = {"steps": torch.tensor(self.steps), "returns": returns}
+        return own | {f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()}
 
     def load_state_dict(self, state: Tree) -> None:
         self.steps = int(state["steps"])
-        self.lifetimes.load_state_dict({k[len("lifetimes/") :]: v for k, v in state.items() if k != "steps"})
+        self._returns = [deque(row[~row.isnan()].tolist(), maxlen=WINDOW) for row in state["returns"]]
+        self.lifetimes.load_state_dict(under("lifetimes", state))
 
 
 def _component(plug: Plug) -> Component | None:

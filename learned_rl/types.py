@@ -29,3 +29,14 @@ Tree = dict[str, Tensor]
 
 class UserError(Exception):
     """A mistake in what the user asked for. The command line prints its one sentence and exits with code 2."""
+
+
+def at_least(minimum: float, **values: float | None) -> None:
+    """Checks settings by name; None is one that was left out.
+
+    Raises:
+        UserError: a value below `minimum`, or not a number.
+    """
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            raise UserError(f"{name} is {value}: expected at least {minimum}.")

@@ -130,8 +130,9 @@ class MetaTrainer:
         state: Tree = {"counters": counters} | {f"eta/{k}": v.clone() for k, v in self.objective.state_dict().items()}
         for i, p in enumerate(self.eta):
             state |= {f"optimizer/{i}/{k}": v.clone() for k, v in self.optimizer.state[p].items()}
-        parts = {"lifetimes": self.lifetimes, "critic": self.critic, "bandit": self.bandit}
-        return state | {f"{name}/{k}": v for name, part in parts.items() for k, v in part.state_dict().items()}
+        for name in ("lifetimes", "critic", "bandit"):
+            state |= {f"{name}/{k}": v for k, v in getattr(self, name).state_dict().items()}
+        return state
 
     def load_state_dict(self, state: Tree) -> None:
         """Continue from a saved state: the same numbers follow as if there had been no break."""
@@ -139,7 +140,6 @@ class MetaTrainer:
         self.objective.load_state_dict(under("eta", state))
         for i, p in enumerate(self.eta):
             self.optimizer.state[p] = {k: v.clone() for k, v in under(f"optimizer/{i}", state).items()}
-        self.lifetimes.load_state_dict(under("lifetimes", state))
-        self.critic.load_state_dict(under("critic", state))
-        self.bandit.load_state_dict(under("bandit", state))
+        for name in ("lifetimes", "critic", "bandit"):
+            getattr(self, name).load_state_dict(under(name, state))
         self.lifetimes.hyper = self.bandit.hyper(self.config.agent.hyper, self.lifetimes.population.theta)

@@ -68,18 +68,16 @@ class TruncatedMetaGradient:
         outer = lifetimes.collect(inner)
         lifetimes.episodes(outer)
         critic_loss = critic.learn(outer)
-        meta_loss, metrics = self._meta_loss(lifetimes, critic, inner.agent(outer.obs), outer, records)
+        meta_loss, parts = self._meta_loss(lifetimes, critic, inner.agent(outer.obs), outer, records)
         with torch.no_grad():
             alive = meta_loss.isfinite() & inner.theta.isfinite().all(1)
             for record in records:
                 alive &= record.alive
-        grads = None
+        grads, metrics = None, {"loss": float("nan")}
         if bool(alive.any()):
             loss = torch.where(alive, meta_loss, torch.zeros_like(meta_loss)).sum() / alive.sum()
             grads = list(torch.autograd.grad(loss, list(eta), allow_unused=True, materialize_grads=True))
-            metrics = {"loss": loss.item()} | {k: v[alive].mean().item() for k, v in metrics.items()}
-        else:
-            metrics = {}
+            metrics = {"loss": loss.item()} | {k: v[alive].mean().item() for k, v in parts.items()}
         lifetimes.commit(inner)
         metrics["critic_loss"] = critic_loss.nanmean().item()
         return Estimate(grads, ~alive, metrics, episodes)

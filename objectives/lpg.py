@@ -38,7 +38,7 @@ from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, life
 from learned_rl.distributions import softmax
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree
-from objectives.recurrence import CORES
+from objectives.recurrence import CORES, features_first_linear
 
 EPS = 1e-8  # inside every logarithm of a probability
 
@@ -131,8 +131,12 @@ class LPG(Objective):
         if self.config.lifetime:
             progress, horizon = (v[:, None].to(reward.dtype) for v in (context.progress, context.horizon))
             columns += [progress.expand_as(reward), horizon.log().expand_as(reward)]
-        hidden = self.core(torch.stack(columns, -1), done, twice=not self.config.stop_inputs).relu()
-        return self.policy_head(hidden).squeeze(-1), softmax(self.prediction_head(hidden))
+        T, n = len(reward), reward[0].numel()
+        inputs = torch.stack([column.reshape(T, n) for column in columns], 1)  # [T, I, n]: features before sequences
+        hidden = self.core(inputs, done.reshape(T, n), twice=not self.config.stop_inputs).relu()
+        pi_hat = features_first_linear(*self.policy_head.parameters(), hidden)[:, 0].view(reward.shape)
+        y_hat = features_first_linear(*self.prediction_head.parameters(), hidden).softmax(1).movedim(1, -1)
+        return pi_hat, y_hat.unflatten(1, reward.shape[1:])
 
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
         log_pi = (out.policy.log_prob(batch["action"]).exp() + EPS).log()

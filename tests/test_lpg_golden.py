@@ -17,14 +17,14 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def _views(net, of):
-    """name in the reference -> the part of our tensors (`of` a parameter: its value, its gradient) with the same role."""
+    """name in the reference -> the part of our tensors with the same role (`of` a parameter: its value, or gradient)."""
     core, cell = net.core, "LPGGRU_0/GRUCell_0/"
     views = {f"{cell}hn/bias": of(core.bias_n)}
     for i, gate in enumerate("rzn"):
         columns = slice(i * H, (i + 1) * H)
-        views[f"{cell}i{gate}/kernel"] = of(core.weight_x)[:, columns]
+        views[f"{cell}i{gate}/kernel"] = of(core.weight_x)[columns].T
         views[f"{cell}i{gate}/bias"] = of(core.bias)[columns]
-        views[f"{cell}h{gate}/kernel"] = of(core.weight_h)[:, columns]
+        views[f"{cell}h{gate}/kernel"] = of(core.weight_h)[columns].T
     linear = {"MLP_0/Dense_0": net.phi[0], "MLP_0/Dense_1": net.phi[2]}
     linear |= {"Dense_0": net.policy_head, "Dense_1": net.prediction_head}
     for name, layer in linear.items():

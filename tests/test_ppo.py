@@ -340,10 +340,11 @@ class Spy(PPOClip):
         return super().loss(out, batch, hyper)
 
 
-@pytest.mark.parametrize("minibatches", [1, 2, 4, 15])
+@pytest.mark.parametrize("minibatches", [1, 2, 4, 7, 15])
 def test_minibatches_cover_every_row_once_an_epoch(minibatches):
     spy = Spy()
-    run(dataclasses.replace(SMALL, n_epochs=3, n_minibatches=minibatches), updates=1, objective=spy)
+    inner, _ = run(dataclasses.replace(SMALL, n_epochs=3, n_minibatches=minibatches), updates=1, objective=spy)
+    assert inner.theta.isfinite().all()
     assert len(spy.rows) == 3 * minibatches
     epochs = [spy.rows[i * minibatches : (i + 1) * minibatches] for i in range(3)]
     for epoch in epochs:
@@ -430,7 +431,6 @@ def test_probe_environments(name, kind):
     updates = {"truncated": 150, "terminated": 80}.get(name, 40)
     probe, out = learn_probe(name, kind, updates)
     expected = torch.tensor([probe.values[s] for s in range(probe.states)]).expand(3, -1)
-    tolerance = 0.25 if name == "truncated" else 0.1
-    assert (out.value - expected).abs().max() < tolerance, out.value
+    assert (out.value - expected).abs().max() < 0.05, out.value
     for state, action in probe.best.items():
         assert (out.policy.logits.softmax(-1)[:, state, action] > 0.9).all()

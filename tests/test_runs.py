@@ -28,9 +28,9 @@ from experiments.runs import (
     git_revision,
     plain,
     read_metrics,
-    replacing,
     sb3_tags,
 )
+from learned_rl.files import replacing
 from learned_rl.types import UserError
 
 COMMAND = ["learned-rl", "train", "--name", "a b"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import gymnasium
 import numpy as np
@@ -29,7 +30,7 @@ def _layer(inputs: int, outputs: int, gain: float) -> nn.Linear:
 
 def _network(sizes: Sequence[int], outputs: int, gain: float) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [_layer(a, b, math.sqrt(2)), nn.Tanh()]
     return nn.Sequential(*layers, _layer(sizes[-1], outputs, gain))
 

@@ -1,4 +1,4 @@
-"""PPO at equal settings, ours and others'; each contender has `learn(steps)` and goes on where it stood."""
+"""PPO at equal settings: this project's and the peers' from one description of the settings."""
 
 from __future__ import annotations
 

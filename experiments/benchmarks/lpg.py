@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from experiments.benchmarks.measure import Result, Rounds, seconds
 from learned_rl.ppo import PPOConfig
@@ -67,35 +66,30 @@ def make_trainer(s: Settings, width: int) -> tuple[MetaTrainer, LPG]:
 def matrix_products(s: Settings, objective: LPG) -> Callable[[], None]:
     """The matrix products of one meta-step in the core and its two heads, and nothing else, into memory that is ready.
 
-    For each of the K updates, with n = P B rows: the projection of the inputs, T recurrent products, two heads; then
-    back: the inputs and weights of the heads, T transposed recurrent products, the recurrent weights, the weights and
-    inputs of the projection.
+    For each of the K updates, with n = P B columns: the projection of the inputs, T recurrent products, two heads; then
+    back: the weights and inputs of the heads, T transposed recurrent products, T products for the recurrent weights, the
+    weights and inputs of the projection. Shapes and layout are those of the objective's own.
     """
-    n, T, core = s.lifetimes * s.copies, s.steps, objective.core
-    w_x, w_h, *heads = (
-        w.detach()  # stop: only to multiply with
-        for w in (core.weight_x, core.weight_h, objective.policy_head.weight, objective.prediction_head.weight)
-    )
-    (inputs, gates), H = w_x.shape, len(w_h)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=s.device)
-
-    x, before, hidden, d_x, d_a = (random(T * n, k) for k in (inputs, H, H, gates, gates))
-    d_heads = [random(T * n, len(w)) for w in heads]
-    forward = [(x, w_x), *((h, w_h) for h in before.chunk(T)), *((hidden, w.T) for w in heads)]
-    backward = [pair for w, d in zip(heads, d_heads, strict=True) for pair in ((d, w), (d.T, hidden))]
-    backward += [(d, w_h.T) for d in d_a.chunk(T)]
-    backward += [(before.T, d_a), (x.T, d_x), (d_x, w_x.T)]
-    shapes = {(len(left), right.shape[1]) for left, right in forward + backward}
-    out = {shape: random(*shape) for shape in shapes}
-    products = [
-        (left, right, out[len(left), right.shape[1]]) for left, right in forward * s.window + backward * s.window
-    ]
+    T, n, core = s.steps, s.lifetimes * s.copies, objective.core
+    layers = [(w.weight, core.width) for w in (objective.policy_head, objective.prediction_head)]
+    layers.append((core.weight_x, core.weight_x.shape[1]))
+    w_h = core.weight_h.detach()  # stop: only to multiply with
+    before, d_a = (torch.randn(T, k, n, device=s.device) for k in (core.width, len(w_h)))
+    forward = [(w_h, h) for h in before]
+    backward = [pair for h, d in zip(before, d_a, strict=True) for pair in ((w_h.T, d), (d, h.T))]
+    for weight, inputs in layers:
+        w = weight.detach().expand(T, -1, -1)  # stop: only to multiply with
+        x, d = (torch.randn(T, k, n, device=s.device) for k in (inputs, len(weight)))
+        forward.append((w, x))
+        backward += [(d, x.mT), (w.mT, d)]
+    shapes = {(*left.shape[:-1], right.shape[-1]) for left, right in forward + backward}
+    out = {shape: torch.empty(shape, device=s.device) for shape in shapes}
+    pairs = forward * s.window + backward * s.window
+    products = [(x, y, out[*x.shape[:-1], y.shape[-1]], torch.mm if x.dim() == 2 else torch.bmm) for x, y in pairs]
 
     def run() -> None:
-        for left, right, product in products:
-            torch.mm(left, right, out=product)
+        for left, right, product, multiply in products:
+            multiply(left, right, out=product)
 
     return run
 

@@ -11,6 +11,7 @@ from typing import Any
 from learned_rl.component import Objective
 from learned_rl.registry import components
 from learned_rl.tasks.base import unknown
+from learned_rl.types import UserError, at_least
 from meta_optimizers.trainer import MetaTrainConfig
 
 
@@ -41,11 +42,22 @@ class Recipe:
     checkpoint_every: int = 50
     """meta-steps between checkpoints"""
 
+    def __post_init__(self) -> None:
+        names = ("meta_steps", "validate_every", "validation_tasks", "checkpoint_every")
+        at_least(1, **{name: getattr(self, name) for name in names})
+        at_least(0, minutes=self.minutes)
+
     def make_component(self) -> Objective:
-        """A fresh component with the recipe's settings."""
-        kind = components()[self.component]
-        component = kind.from_config(self.settings)
-        assert isinstance(component, Objective)
+        """A fresh component with the recipe's settings.
+
+        Raises:
+            UserError: no such component, settings that it does not know, or a component of another slot.
+        """
+        if self.component not in components():
+            raise unknown("component", self.component, components())
+        component = components()[self.component].from_config(self.settings)
+        if not isinstance(component, Objective):
+            raise UserError(f"Component {self.component!r} fits the slot {component.slot!r}: expected an objective.")
         return component
 
 

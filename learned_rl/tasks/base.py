@@ -12,7 +12,7 @@ import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import gymnasium
 import torch
@@ -39,6 +39,29 @@ def unknown(what: str, value: str, choices: Iterable[str]) -> UserError:
     return UserError(f"unknown {what} '{value}': the nearest of {listed} is '{nearest}'")
 
 
+class LifetimeEnv(Protocol):
+    """What the core asks of a vector environment over [P lifetimes x B copies], beyond gymnasium's `VectorEnv`.
+
+    Observations, rewards and masks are torch tensors `[N, ...]`; `step` puts the last observation of every episode
+    that ended into `info["final_obs"] [N, ...]` (elsewhere the next observation).
+    """
+
+    task: Tasks
+
+    def reset(self, *, seed: Any = None, options: Any = None) -> tuple[Any, dict[str, Any]]: ...
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]: ...
+
+    def set_tasks(self, lifetimes: Tensor, tasks: Tasks) -> Tensor:
+        """New tasks and fresh episodes for some lifetimes; all observations `[N, ...]`."""
+
+    def state_dict(self) -> Tree: ...
+
+    def load_state_dict(self, state: Tree) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class TaskFamily(ABC):
     """A distribution over tasks with one observation space and one action space.
 
@@ -63,7 +86,7 @@ class TaskFamily(ABC):
         return self.sample(n, split_generator(split, seed))
 
     @abstractmethod
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> VectorEnv:
+    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> LifetimeEnv:
         """A vector environment over `N = P * copies` copies; `P` is the leading axis of `tasks`."""
 
     def optimal_return(self, tasks: Tasks) -> Tensor | None:

@@ -1,0 +1,388 @@
+"""Lifetimes and the outer loop around them: resuming, restarts, broken lifetimes, the critic, every tensor moving."""
+
+import dataclasses
+
+import experience
+import pytest
+import torch
+from torch.testing import assert_close
+
+from learned_rl.component import NoConfig, Reward
+from learned_rl.inner_loop import PlainInner
+from learned_rl.lifetimes import EpisodeTracker, Lifetimes, stream
+from learned_rl.ppo import Algorithm, PPOConfig, Slots
+from learned_rl.tasks.bandits import BanditFamily
+from learned_rl.tasks.grids import GridFamily
+from learned_rl.trajectory import Trajectory
+from meta_optimizers.agent_bandit import AgentBanditConfig
+from meta_optimizers.outer_critic import OuterCritic, OuterCriticConfig
+from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
+from meta_optimizers.truncated import TruncatedConfig
+from objectives.lpg import LPG
+
+P = 4
+AGENT = PPOConfig(n_envs=3, n_steps=6, n_epochs=1, n_minibatches=1, optimizer="adam")
+META = MetaTrainConfig(
+    lifetimes=P,
+    horizon=6,
+    agent=AGENT,
+    estimator=TruncatedConfig(window=2, regularisers={"prediction_entropy": -0.01, "pi_hat_square": 0.01}),
+    bandit=AgentBanditConfig(learning_rates=(0.01, 0.1), aux_coefs=(0.5, 1.0)),
+)
+
+
+def grid():
+    return GridFamily("small")
+
+
+def trainer(seed=0, config=META, **lpg):
+    torch.manual_seed(seed)
+    return MetaTrainer(grid(), LPG(**{"predictions": 4, "width": 8} | lpg), config, seed)
+
+
+def ppo_lifetimes(lifetimes=P, horizon=5, seed=0, config=None, dtype=torch.float32, family=None, **plugged):
+    config = config or dataclasses.replace(AGENT, n_epochs=2, n_minibatches=2)
+    algorithm = Algorithm(config, Slots.fill(config, **plugged))
+    return Lifetimes(family or grid(), algorithm, lifetimes, horizon, seed, dtype=dtype)
+
+
+# --- counting episodes --------------------------------------------------------------------------------------------
+
+
+def test_episode_tracker_equals_a_loop():
+    tracker = EpisodeTracker(2, 3, "cpu", torch.float64)
+    running = torch.zeros(2, 3, 2, dtype=torch.float64)
+    for seed in range(6):
+        tr = experience.trajectory(experience.SPACES["tabular"], seed, T=1 + seed)
+        count, total = torch.zeros(2), torch.zeros(2, 2, dtype=torch.float64)
+        for t in range(len(tr.reward)):
+            running[..., 0] += tr.reward[t]
+            running[..., 1] += 1
+            ended = tr.done[t]
+            count += ended.sum(1)
+            total += (running * ended[..., None]).sum(1)
+            running[ended] = 0
+        episodes = tracker(tr)
+        assert torch.equal(episodes.count, count.long())
+        assert_close(episodes.returns, total[:, 0], rtol=1e-12, atol=1e-12)
+        assert_close(episodes.lengths, total[:, 1], rtol=1e-12, atol=1e-12)
+    tracker.reset(1)
+    assert not tracker.running[:, 1].any() and tracker.running[:, 0].any()
+
+
+# --- resuming -----------------------------------------------------------------------------------------------------
+
+
+def through_disk(state, tmp_path):
+    torch.save(state, tmp_path / "state.pt")
+    return torch.load(tmp_path / "state.pt", weights_only=True)
+
+
+def test_lifetimes_continue_to_the_same_numbers(tmp_path):
+    one = ppo_lifetimes()
+    for _ in range(8):
+        one.advance(one.plain())
+    assert one.population.theta.any(1).all() and one.episodes.running.any()
+    saved = through_disk(one.state_dict(), tmp_path)
+    two = ppo_lifetimes(seed=7)
+    two.load_state_dict(saved)
+    for _ in range(3):
+        a, b = (x.advance(x.plain()) for x in (one, two))
+        assert torch.equal(a[0].trajectory.reward, b[0].trajectory.reward)
+        assert torch.equal(a[1].returns, b[1].returns)
+    assert torch.equal(one.population.theta, two.population.theta)
+    final = [x.state_dict() for x in (one, two)]
+    assert final[0].keys() == final[1].keys()
+    assert all(torch.equal(final[0][k], final[1][k]) for k in final[0])
+
+
+def test_meta_training_continues_bit_for_bit(tmp_path):
+    one = trainer()
+    for _ in range(4):
+        one.step()
+    assert one.restarts > 0
+    saved = through_disk(one.state_dict(), tmp_path)
+    expected = [one.step() for _ in range(3)]
+    two = trainer(seed=0)
+    with torch.no_grad():
+        for p in two.eta:
+            p.add_(1.0)
+    two.load_state_dict(saved)
+    for metrics in expected:
+        assert two.step() == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)
+    assert all(torch.equal(a, b) for a, b in zip(one.eta, two.eta, strict=True))
+    final = [x.state_dict() for x in (one, two)]
+    assert all(torch.equal(final[0][k].nan_to_num(), final[1][k].nan_to_num()) for k in final[0])
+
+
+def test_saving_does_not_disturb_what_follows():
+    one, two = trainer(), trainer()
+    one.state_dict()
+    for _ in range(2):
+        state = one.state_dict()
+        one.step()
+        two.step()
+    assert not torch.equal(state["lifetimes/theta"], one.lifetimes.population.theta)  # a copy, not a view
+    assert all(torch.equal(a, b) for a, b in zip(one.eta, two.eta, strict=True))
+
+
+# --- restarts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_restart_touches_only_its_lifetime():
+    lifetimes = ppo_lifetimes()
+    for _ in range(2):
+        lifetimes.advance(lifetimes.plain())
+    for value in (lifetimes.population.theta.data, *lifetimes.optimizer_state.values()):
+        value.add_(1.0)  # so that nothing is at its fresh value by chance
+    before = lifetimes.state_dict()
+    which = torch.tensor([False, True, False, False])
+    lifetimes.restart(which)
+    after = lifetimes.state_dict()
+    keep = ~which
+    for name in ("theta", "age", "life", "horizon", "obs", "optimizer/first", "optimizer/second", "optimizer/count"):
+        assert torch.equal(after[name][keep], before[name][keep]), name
+    copies = keep.repeat_interleave(AGENT.n_envs)
+    for name in before:
+        if name.startswith(("env/state", "env/task")):
+            assert torch.equal(after[name][copies], before[name][copies]), name
+    assert torch.equal(after["running"][:, keep], before["running"][:, keep])
+    assert after["age"][1] == 0 and after["life"][1] == 1 and not after["running"][:, 1].any()
+    assert not any(after[f"optimizer/{k}"][1].any() for k in ("first", "second", "count"))
+    fresh = lifetimes.population.initial(stream("agent", 0, 1, 1))
+    assert torch.equal(after["theta"][1], fresh) and not torch.equal(before["theta"][1], fresh)
+    tasks = [k for k in before if k.startswith("env/task")]
+    assert any(not torch.equal(after[k][~copies], before[k][~copies]) for k in tasks)
+
+
+def test_a_restart_does_not_change_what_others_draw():
+    """Tasks, fresh agents and horizons come from a stream for each lifetime and each life."""
+    one, two = (ppo_lifetimes(horizon=(5, 50)) for _ in range(2))
+    one.restart(torch.tensor([True, False, False, False]))
+    for lifetimes in (one, two):
+        lifetimes.restart(torch.tensor([False, False, True, False]))
+    a, b = one.state_dict(), two.state_dict()
+    copies = torch.arange(P).repeat_interleave(AGENT.n_envs) == 2
+    assert a["horizon"][2] == b["horizon"][2] and 5 <= a["horizon"][2] <= 50
+    assert a["horizon"][0] != b["horizon"][0]
+    for name in a:
+        if name.startswith("env/task"):
+            assert torch.equal(a[name][copies], b[name][copies])
+
+
+def test_given_tasks_stay_through_a_restart():
+    family = grid()
+    algorithm = Algorithm(AGENT, Slots.fill(AGENT))
+    tasks = family.sample_split("test", P, 3)
+    lifetimes = Lifetimes(family, algorithm, P, 5, 0, tasks=tasks)
+    before = {k: v for k, v in lifetimes.state_dict().items() if k.startswith("env/task")}
+    lifetimes.restart(torch.ones(P, dtype=torch.bool))
+    after = lifetimes.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+def test_staggered_lifetimes_end_one_after_the_other():
+    lifetimes = ppo_lifetimes(horizon=12)
+    lifetimes.stagger(multiple=3)
+    assert lifetimes.horizon.tolist() == [3, 6, 9, 12]
+    lifetimes.age += 6
+    assert lifetimes.finished().tolist() == [True, True, False, False]
+
+
+class Remembering(Reward):
+    """The environment's reward times a learned scale that accumulates in the lifetime's memory."""
+
+    name, Config = "remembering", NoConfig
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def initial_memory(self, lifetimes):
+        return {"sum": torch.ones(lifetimes)}
+
+    def forward(self, trajectory, context):
+        total = context.memory["sum"] + self.scale
+        return trajectory.reward * total[:, None], {"sum": total}
+
+
+def test_memory_of_components_is_carried_saved_and_restarted():
+    lifetimes = ppo_lifetimes(reward=Remembering())
+    for _ in range(3):
+        lifetimes.advance(lifetimes.plain())
+    assert lifetimes.memory["reward/sum"].tolist() == [2.5] * P
+    assert not lifetimes.memory["reward/sum"].requires_grad  # plain training builds no graph over updates
+    lifetimes.restart(torch.tensor([True, False, False, False]))
+    assert lifetimes.state_dict()["memory/reward/sum"].tolist() == [1.0, 2.5, 2.5, 2.5]
+    window = lifetimes.window()
+    lifetimes.advance(window)
+    lifetimes.advance(window)
+    (slope,) = torch.autograd.grad(lifetimes.memory["reward/sum"].sum(), lifetimes.algorithm.slots.reward.scale)
+    assert slope == 2 * P  # inside a window memory keeps its graph
+    lifetimes.commit(window)
+    assert not lifetimes.memory["reward/sum"].requires_grad
+
+
+# --- broken lifetimes ---------------------------------------------------------------------------------------------
+
+
+def estimate(trainer, break_it=None, monkeypatch=None):
+    """Gradient and broken mask of one window, with lifetime 1 broken in the given way."""
+    if break_it == "theta":
+        trainer.lifetimes.population.theta.data[1, 0] = float("nan")
+    if break_it == "reward":
+        collect = Lifetimes.collect
+
+        def broken(self, inner, steps=None):
+            tr = collect(self, inner, steps)
+            reward = tr.reward.clone()
+            reward[2, 1, 0] = float("nan")
+            return dataclasses.replace(tr, reward=reward)
+
+        monkeypatch.setattr(Lifetimes, "collect", broken)
+    return trainer.estimator(trainer.lifetimes, trainer.critic, trainer.eta)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+@pytest.mark.parametrize("where", ["theta", "reward"])
+def test_a_broken_lifetime_leaves_the_mean_of_the_others(where, stop, monkeypatch):
+    """Its actions may be anything, but nobody else's draws depend on them: so take P lifetimes and leave one out."""
+    healthy = trainer(stop_inputs=stop)
+    alone = []
+    for keep in (0, 2, 3):
+        # The mean over one lifetime: every other meta-loss masked out by hand.
+        single = trainer(stop_inputs=stop)
+        original = single.estimator._meta_loss
+
+        def masked(*args, original=original, keep=keep):
+            loss, parts = original(*args)
+            mask = torch.arange(P) == keep
+            return torch.where(mask, loss, float("nan")), parts
+
+        single.estimator._meta_loss = masked
+        alone.append(single.estimator(single.lifetimes, single.critic, single.eta).grads)
+    result = estimate(healthy, where, monkeypatch)
+    assert result.broken.tolist() == [False, True, False, False]
+    for i, grad in enumerate(result.grads):
+        assert grad.isfinite().all()
+        assert_close(grad, torch.stack([g[i] for g in alone]).mean(0), rtol=1e-4, atol=1e-7)
+    assert any(g.abs().max() > 1e-4 for g in result.grads)
+
+
+@pytest.mark.parametrize("where", ["theta", "reward"])
+def test_a_broken_lifetime_is_counted_and_restarted(where, monkeypatch):
+    t = trainer(config=dataclasses.replace(META, horizon=1000))
+    life = t.lifetimes.life.clone()
+    with monkeypatch.context() as patch:
+        original = t.estimator
+        t.estimator = lambda *args: estimate_once(original, t, where, patch, args)
+        metrics = t.step()
+    t.estimator = original
+    assert metrics["broken"] == 1 and t.broken == 1 and metrics["skipped"] == 0
+    assert (t.lifetimes.life - life).tolist() == [0, 1, 0, 0]
+    assert all(p.isfinite().all() for p in t.eta)
+    assert t.lifetimes.population.theta.isfinite().all() and t.critic.population.theta.isfinite().all()
+    assert all(v.isfinite().all() for v in t.lifetimes.optimizer_state.values())
+    assert all(v.isfinite().all() for v in t.critic._inner.state.values())
+    assert t.lifetimes.episodes.running.isfinite().all()
+    metrics = t.step()
+    assert metrics["broken"] == 0 and metrics["skipped"] == 0
+
+
+def estimate_once(original, t, where, patch, args):
+    t.estimator = original
+    return estimate(t, where, patch)
+
+
+def test_when_every_lifetime_is_broken_the_step_is_skipped():
+    t = trainer()
+    t.lifetimes.population.theta.data.fill_(float("nan"))
+    eta = [p.clone() for p in t.eta]
+    metrics = t.step()
+    assert metrics["broken"] == P and metrics["skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(eta, t.eta, strict=True))
+    assert t.step()["skipped"] == 0
+
+
+def test_a_broken_lifetime_does_not_disturb_plain_training():
+    one, two = ppo_lifetimes(), ppo_lifetimes()
+    two.population.theta.data[1] = float("nan")
+    for _ in range(2):
+        for lifetimes in (one, two):
+            record, _ = lifetimes.advance(lifetimes.plain())
+    assert record.alive.tolist() == [True, False, True, True]
+    keep = torch.tensor([0, 2, 3])
+    assert torch.equal(one.population.theta[keep], two.population.theta[keep])
+
+
+# --- the outer loop learns ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["auto", "mlp"])
+def test_the_outer_critic_learns_and_every_parameter_moves(kind):
+    family = BanditFamily("bernoulli-5") if kind == "auto" else _numbers_family()
+    config = OuterCriticConfig(learning_rate=0.02, gamma=0.9)
+    critic = OuterCritic(config, family, 2, 0, torch.device("cpu"), torch.float32)
+    before = critic.population.theta.detach().clone()
+    space = family.observation_space
+    tr = experience.trajectory(space, 0, T=20, dtype=torch.float32)
+    tr = dataclasses.replace(tr, reward=tr.reward.float() + 1)
+    losses = torch.stack([critic.learn(tr) for _ in range(40)])
+    assert (losses[-1] < 0.7 * losses[0]).all()
+    assert ((critic.population.theta - before) != 0).all()
+
+
+def _numbers_family():
+    family = BanditFamily("bernoulli-5")
+    family.observation_space = experience.SPACES["mlp"]
+    return family
+
+
+def test_the_critic_s_advantages_are_normalised_constants():
+    family = BanditFamily("bernoulli-5")
+    critic = OuterCritic(OuterCriticConfig(), family, 2, 0, torch.device("cpu"), torch.float64)
+    advantage = critic.advantage(experience.trajectory(family.observation_space, 0, T=20))
+    assert not advantage.requires_grad
+    assert_close(advantage.mean((0, 2)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert_close(advantage.std((0, 2)), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("core", ["gru", "lstm"])
+def test_every_tensor_of_eta_gets_a_gradient_and_moves(core):
+    """Prediction parts act on the policy only through the network's own inputs, a window later."""
+    t = trainer(core=core, embedding=8)
+    before = [p.detach().clone() for p in t.eta]
+    seen = [torch.zeros_like(p) for p in t.eta]
+    descend = t._descend
+
+    def spy(estimate):
+        for s, g in zip(seen, estimate.grads, strict=True):
+            s += g.abs()
+        return descend(estimate)
+
+    t._descend = spy
+    for _ in range(4):
+        t.step()
+    for (name, p), b, s in zip(t.objective.named_parameters(), before, seen, strict=True):
+        assert s.max() > 0, f"{name} never had a gradient"
+        assert not torch.equal(p, b), f"{name} did not move"
+
+
+def test_counters_and_bandit_of_the_trainer():
+    t = trainer()
+    steps = [t.step() for _ in range(6)]
+    assert t.steps == 6 and t.environment_steps == 6 * 3 * P * AGENT.n_envs * AGENT.n_steps
+    assert t.restarts > 0 and any("final_return" in m for m in steps)
+    rates = t.lifetimes.hyper.learning_rate
+    assert rates.shape == (P, 1) and all(r in (pytest.approx(0.01), pytest.approx(0.1)) for r in rates.flatten())
+    assert t.bandit.count.sum() > 0
+
+
+def test_acting_follows_the_present_parameters():
+    """`collect` inside a window acts with the window's parameters, not with those it began with."""
+    lifetimes = ppo_lifetimes(family=BanditFamily("bernoulli-5"))
+    inner = PlainInner(lifetimes.population, lifetimes.algorithm.slots.optimizer, lifetimes.optimizer_state)
+    lifetimes.population.theta.data[:, 3] = 50.0  # the logit of arm 3
+    tr = lifetimes.collect(inner)
+    assert isinstance(tr, Trajectory) and (tr.action == 3).all()
+    assert_close(tr.log_prob, torch.zeros_like(tr.log_prob))

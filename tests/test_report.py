@@ -1,0 +1,320 @@
+"""Scores on disk, their summary, the figures, and a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from rich.console import Console
+
+from experiments.report import (
+    COLOURS,
+    COLUMNS,
+    PANELS,
+    append_scores,
+    learning_curve_figure,
+    merge_scores,
+    metrics_figure,
+    print_table,
+    read_scores,
+    running_mean,
+    save_figure,
+    summary_table,
+    write_report,
+)
+from experiments.runs import SCORES, Run
+from learned_rl.evaluation import Curves, iqm_interval, ratio_interval
+from learned_rl.types import UserError
+
+
+def curves(seed: int = 0, tasks: int = 5, seeds: int = 3, shift: float = 2.0) -> Curves:
+    """Five rising checkpoints with noise."""
+    noise = np.random.default_rng(seed).normal(size=(5, tasks, seeds))
+    return Curves(np.arange(5) * 100, np.arange(5.0)[:, None, None] + shift + noise / 3)
+
+
+def scored(original: Curves, kept: np.ndarray) -> Curves:
+    return Curves(original.steps, original.returns[:, kept] / 7)
+
+
+def begin(folder: Path, seed: int = 0, config: dict | None = None) -> Run:
+    return Run.create(folder, command=["learned-rl", "train", "<b>&"], config=config or {"a": {"b": "<i>"}}, seed=seed)
+
+
+def test_scores_return_exactly(tmp_path):
+    path, kept = tmp_path / SCORES, np.array([True, False, True, True, False])
+    one, two = curves(1), curves(2)
+    one.returns[0, 0, 0] = math.nan  # a broken agent
+    append_scores(path, "grid, dense", "lpg", one, scored(one, kept), kept)
+    append_scores(path, "catch", "ppo", two)
+    first, second = read_scores(path)
+    assert (first.suite, first.method, second.suite, second.method) == ("grid, dense", "lpg", "catch", "ppo")
+    np.testing.assert_array_equal(first.returns.returns, one.returns)
+    np.testing.assert_array_equal(first.returns.steps, one.steps)
+    assert first.scores is not None and second.scores is None
+    np.testing.assert_array_equal(first.scores.returns, scored(one, kept).returns)
+    np.testing.assert_array_equal(first.kept, kept)
+    np.testing.assert_array_equal(second.returns.returns, two.returns)
+    lines = path.read_text().splitlines()
+    assert lines[0] == "suite,method,task,seed,step,return,score" == ",".join(COLUMNS)
+    assert len(lines) == 1 + 2 * one.returns.size and lines[1] == '"grid, dense",lpg,0,0,0,nan,nan'
+
+
+def test_appending_again_replaces(tmp_path):
+    path = tmp_path / SCORES
+    for seed in (1, 2):
+        append_scores(path, "grid", "lpg", curves(seed))
+        append_scores(path, "grid", "ppo", curves(3))
+    ppo, lpg = sorted(read_scores(path), key=lambda each: each.method, reverse=True)
+    np.testing.assert_array_equal(lpg.returns.returns, curves(2).returns)
+    np.testing.assert_array_equal(ppo.returns.returns, curves(3).returns)
+    with pytest.raises(ValueError, match="do not fit"):
+        append_scores(path, "grid", "lpg", curves(1), curves(1), np.array([True, False, True, True, False]))
+
+
+def test_the_order_of_rows_does_not_matter(tmp_path):
+    path = tmp_path / SCORES
+    append_scores(path, "grid", "lpg", curves(1))
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *np.random.default_rng(0).permutation(rows)]) + "\n")
+    np.testing.assert_array_equal(read_scores(path)[0].returns.returns, curves(1).returns)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: ["a,b", *lines[1:]], r"columns a, b: expected suite, method"),
+        (lambda lines: [*lines[:-1], "grid,lpg,0,0,100,much,"], r"line 76: expected names, then numbers .*much"),
+        (lambda lines: [*lines[:-1], "grid,lpg,0"], "line 76: expected names"),
+        (lambda lines: lines[:-1], r"74 rows, expected one for each of 5 steps x 5 tasks x 3 seeds"),
+        (lambda lines: [*lines[:-1], lines[1]], r"75 rows, expected one for each of 5 steps"),
+        (lambda lines: [*lines[:-1], lines[-1] + "0.5"], "only some rows have a score"),
+        (lambda lines: [], "columns : expected"),
+    ],
+)
+def test_damaged_scores_are_one_sentence(tmp_path, damage, message):
+    path = tmp_path / SCORES
+    append_scores(path, "grid", "lpg", curves(1))
+    path.write_text("".join(line + "\n" for line in damage(path.read_text().splitlines())))
+    with pytest.raises(UserError, match=message):
+        read_scores(path)
+
+
+def measured(tmp_path: Path, **methods: Curves) -> Path:
+    folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+    begin(folder).close()
+    for method, each in methods.items():
+        append_scores(folder / SCORES, "grid", method, each)
+    return folder
+
+
+def test_summary_is_the_evaluations_own_intervals(tmp_path):
+    path, kept = tmp_path / SCORES, np.array([True, True, False, True, True])
+    lpg, ppo = curves(1), curves(2)
+    append_scores(path, "grid", "lpg", lpg, scored(lpg, kept), kept)
+    append_scores(path, "grid", "ppo", ppo, scored(ppo, kept), kept)
+    append_scores(path, "catch", "lpg", lpg)
+    rows = summary_table(read_scores(path), baseline="ppo", unit="return")
+    assert [(r.suite, r.method, r.tasks, r.seeds) for r in rows] == [
+        ("catch", "lpg", 5, 3),
+        ("grid", "lpg", 5, 3),
+        ("grid", "ppo", 5, 3),
+    ]
+    catch, row, base = rows
+    assert row.final == iqm_interval(lpg.final) and row.area == iqm_interval(lpg.area)
+    assert row.final_ratio == ratio_interval(lpg.final, ppo.final)
+    assert row.area_ratio == ratio_interval(lpg.area, ppo.area)
+    assert base.final_ratio is None and catch.final_ratio is None
+    only = summary_table(read_scores(path), baseline="ppo", unit="score")
+    assert [(r.suite, r.method, r.tasks) for r in only] == [("grid", "lpg", 4), ("grid", "ppo", 4)]
+    assert only[0].final == iqm_interval(lpg.final[kept] / 7)
+    assert all(r.final_ratio is None for r in summary_table(read_scores(path)))
+
+
+def test_ratios_that_mean_nothing_are_left_out(tmp_path):
+    path = tmp_path / SCORES
+    append_scores(path, "negative", "lpg", curves(1, shift=-20))
+    append_scores(path, "negative", "ppo", curves(2, shift=-30))
+    append_scores(path, "fewer", "lpg", curves(1))
+    append_scores(path, "fewer", "ppo", curves(2, tasks=4))
+    assert all(r.final_ratio is None and r.area_ratio is None for r in summary_table(read_scores(path), "ppo"))
+    with pytest.raises(UserError, match=r"unknown baseline 'pppo'.*'ppo'"):
+        summary_table(read_scores(path), "pppo")
+
+
+def test_one_checkpoint_and_one_run_have_no_area_and_no_interval(tmp_path):
+    path = tmp_path / SCORES
+    append_scores(path, "grid", "lpg", Curves(np.array([100]), np.full((1, 1, 1), 12.3456)))
+    (row,) = summary_table(read_scores(path))
+    assert row.area.point == row.final.point == pytest.approx(12.3456, rel=1e-12)
+    assert row.cells() == ["grid", "lpg", "1 × 1", "12.35 (one run)", "12.35 (one run)", "–", "–"]
+    figure = learning_curve_figure(read_scores(path))
+    assert figure.axes[0].lines[0].get_marker() == "o"  # a line through one point would not show
+
+
+def test_merging_keeps_apart_what_differs_and_joins_what_agrees(tmp_path):
+    shared = curves(9)
+    a = measured(tmp_path, ppo=shared, lpg=curves(1))
+    b = measured(tmp_path, ppo=shared, lpg=curves(2), dpo=curves(3))
+    found = {each.label: each for each in merge_scores([a, b])}
+    assert set(found) == {"ppo", f"lpg ({a.name})", f"lpg ({b.name})", "dpo"}
+    np.testing.assert_array_equal(found[f"lpg ({b.name})"].returns.returns, curves(2).returns)
+    rows = {r.method: r for r in summary_table(merge_scores([a, b]), "ppo")}
+    assert rows["dpo"].final_ratio == ratio_interval(curves(3).final, shared.final)
+
+
+def test_each_run_is_related_to_its_own_baseline(tmp_path):
+    a = measured(tmp_path, ppo=curves(4), lpg=curves(1))
+    b = measured(tmp_path, ppo=curves(5), lpg=curves(2))
+    rows = {r.method: r for r in summary_table(merge_scores([a, b]), "ppo")}
+    assert rows[f"lpg ({a.name})"].final_ratio == ratio_interval(curves(1).final, curves(4).final)
+    assert rows[f"lpg ({b.name})"].final_ratio == ratio_interval(curves(2).final, curves(5).final)
+    assert rows[f"ppo ({a.name})"].final_ratio is None
+
+
+def test_the_printed_table_fits_a_terminal(tmp_path):
+    folder = measured(tmp_path, ppo=curves(4, shift=100), lpg=curves(1, shift=100))
+    out = io.StringIO()
+    rows = summary_table(merge_scores([folder]), "ppo")
+    print_table(rows, "ppo", console=Console(file=out, width=80))
+    text = out.getvalue()
+    assert f"{rows[1].final.point:.1f}" in text and f"[{rows[1].final.low:.1f}, {rows[1].final.high:.1f}]" in text
+    assert f"{rows[1].area_ratio.point:.2f}" in text and "5 × 3" in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_learning_curves_draw_the_interquartile_mean_and_its_interval(tmp_path):
+    path = tmp_path / SCORES
+    lpg, ppo = curves(1), curves(2)
+    append_scores(path, "grid", "ppo", ppo)
+    append_scores(path, "grid", "lpg", lpg)
+    append_scores(path, "catch", "lpg", ppo)
+    figure = learning_curve_figure(read_scores(path))
+    catch, grid = figure.axes
+    assert (catch.get_title(), grid.get_title()) == ("catch", "grid")
+    assert "environment steps" in grid.get_xlabel() and grid.get_ylabel() == "return per episode (IQM)"
+    points = [iqm_interval(at) for at in lpg.returns]
+    np.testing.assert_array_equal(grid.lines[1].get_data(), (lpg.steps, [p.point for p in points]))
+    band = grid.collections[1].get_paths()[0].vertices
+    assert {p.low for p in points} | {p.high for p in points} <= set(band[:, 1])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ppo", "lpg"]
+    drawn = {to_hex(catch.lines[0].get_color()), to_hex(grid.lines[1].get_color())}
+    assert drawn == {COLOURS[1].lower()}  # a method keeps its colour from panel to panel
+    with pytest.raises(UserError, match="No score to draw"):
+        learning_curve_figure(read_scores(path), "score")
+
+
+def test_training_curves_show_what_was_logged(tmp_path):
+    with begin(tmp_path / "run") as run:
+        with pytest.raises(UserError, match="No metrics"):
+            metrics_figure(run.path)
+        for step in range(60):
+            run.log(step, {"meta/loss": 3.0 if step != 30 else math.nan} | {f"zeta{i}": i for i in range(PANELS)})
+        run.log(60, {"inner/return": 5.0})
+    figure = metrics_figure(tmp_path / "run")
+    assert [ax.get_title() for ax in figure.axes][:3] == ["inner/return", "meta/loss", "zeta0"]
+    assert len(figure.axes) == PANELS and "12 of 14" in figure._supxlabel.get_text()
+    assert figure.axes[0].lines[0].get_marker() == "o"
+    assert {ax.get_xlabel() for ax in figure.axes} == {"meta-updates"}
+    raw, smooth = figure.axes[1].lines
+    assert np.isnan(raw.get_ydata()[30]) and smooth.get_ydata().tolist() == [3.0] * 60
+
+
+def test_running_mean_by_hand():
+    values = np.array([1.0, 2.0, math.nan, 4.0, 9.0, math.inf, math.nan, math.nan, 5.0])
+    expected = [1.5, 1.5, 3.0, 6.5, 6.5, 9.0, math.nan, 5.0, 5.0]
+    np.testing.assert_allclose(running_mean(values, 3), expected, rtol=1e-15)
+
+
+def test_figures_are_saved_at_150_dots_per_inch(tmp_path):
+    folder = measured(tmp_path, lpg=curves(1))
+    figure = learning_curve_figure(merge_scores([folder]))
+    data = save_figure(figure, tmp_path / "deep" / "curves.png").read_bytes()
+    assert data[:4] == b"\x89PNG"
+    assert struct.unpack(">2I", data[16:24]) == tuple(int(150 * inch) for inch in figure.get_size_inches())
+
+
+class Links(HTMLParser):
+    """Collects where a page points to, and checks that its tags are balanced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[str] = []
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        found = dict(attrs)
+        if tag == "img":
+            self.images.append(found["src"])
+        if "href" in found:
+            self.links.append(found["href"])
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_stands_alone(tmp_path):
+    a, b = (tmp_path / name for name in ("runs/a", "runs/b"))
+    for seed, folder in enumerate((a, b)):
+        with begin(folder, seed) as run:
+            run.log(0, {"meta/loss": 1.0})
+        append_scores(folder / SCORES, "grid", "lpg", curves(seed), scored(curves(seed), np.arange(5) >= 0))
+        append_scores(folder / SCORES, "grid", "ppo", curves(7))
+    out = write_report([a, b], tmp_path / "pages" / "report.html", baseline="ppo")
+    text = out.read_text()
+    page = Links()
+    page.feed(text)
+    assert page.open == [] and not {"script", "link", "iframe"} & set(page.tags) and "url(" not in text
+    assert len(page.images) == 2 + 2  # curves in either unit, and training of either run
+    for image in page.images:
+        kind, data = image.split(",")
+        assert kind == "data:image/png;base64" and base64.b64decode(data)[:4] == b"\x89PNG"
+    assert page.links == [
+        "../runs/a/scores.csv",
+        "../runs/a/metrics.csv",
+        "../runs/b/scores.csv",
+        "../runs/b/metrics.csv",
+    ]
+    assert all(os.path.exists(out.parent / link) for link in page.links)
+    assert str(tmp_path) not in text
+    words = re.sub(r"data:image[^\"]*", "", text)
+    assert "Ratios to ppo resample" in words
+    assert "learned-rl train &#39;&lt;b&gt;&amp;&#39;" in words and "&lt;i&gt;" in words and "<i>" not in words
+    assert "a.b" in words and "torch " in words and (a / "git.txt").read_text().strip() in words
+    for unit in ("score", "return"):
+        for row in summary_table(merge_scores([a, b]), "ppo", unit):
+            assert all("<td>{}</td>".format(cell.replace(" [", "\n[")) in words for cell in row.cells())
+
+
+def test_a_run_without_scores_or_metrics_still_has_a_report(tmp_path):
+    begin(tmp_path / "run").close()
+    text = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert "No evaluation scores yet" in text and "Nothing was logged" in text
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path):
+    begin(tmp_path / "lpg__seed0").close()
+    with pytest.raises(UserError, match=r"lpg_seed0 holds no run .*did you mean .*lpg__seed0\?"):
+        write_report([tmp_path / "lpg_seed0"], tmp_path / "report.html")
+    with pytest.raises(UserError, match=r"expected a folder that a command wrote"):
+        write_report([tmp_path / "lpg__seed0" / "deep"], tmp_path / "report.html")
+    with pytest.raises(UserError, match="at least one run folder"):
+        write_report([], tmp_path / "report.html")
+    (tmp_path / "lpg__seed0" / "git.txt").unlink()
+    with pytest.raises(UserError, match=r"Cannot read .*git\.txt"):
+        write_report([tmp_path / "lpg__seed0"], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()

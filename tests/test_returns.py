@@ -1,0 +1,191 @@
+"""Returns and advantages: by hand, against their definitions as sums, and their derivatives."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from learned_rl.returns import backward_recursion, gae, lambda_returns, td_error, vtrace
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def column(*numbers, dtype=torch.float64):
+    """[T, 1, 1]"""
+    return torch.tensor(numbers, dtype=dtype).view(-1, 1, 1)
+
+
+def case(seed, T=6, P=2, B=3, ends=0.25):
+    """reward, value, next_value, terminated, truncated; next values agree with values inside an episode."""
+    g = torch.Generator().manual_seed(seed)
+    reward, value, other = (torch.randn(T, P, B, generator=g, dtype=torch.float64) for _ in range(3))
+    terminated = torch.rand(T, P, B, generator=g) < ends
+    truncated = (torch.rand(T, P, B, generator=g) < ends) & ~terminated
+    following = torch.cat([value[1:], other[-1:]])
+    return reward, value, torch.where(terminated | truncated, other, following), terminated, truncated
+
+
+def paths(*tensors):
+    """The single time series [T] of each lifetime and copy."""
+    P, B = tensors[0].shape[1:]
+    for p in range(P):
+        for b in range(B):
+            yield p, b, [x[:, p, b].tolist() for x in tensors]
+
+
+def naive_lambda_return(reward, value, next_value, terminated, truncated, gamma, lam, t):
+    """(1 - lambda) sum_n lambda^(n-1) G^(n) + lambda^(last) G^(last), from n-step returns within the episode."""
+    n_step, total, weight = 0.0, 0.0, 1.0
+    for k in range(t, len(reward)):
+        n_step += gamma ** (k - t) * reward[k]
+        bootstrap = 0.0 if terminated[k] else gamma ** (k - t + 1) * next_value[k]
+        if terminated[k] or truncated[k] or k == len(reward) - 1:
+            return total + weight * (n_step + bootstrap)
+        total += weight * (1 - lam) * (n_step + bootstrap)
+        weight *= lam
+    raise AssertionError
+
+
+def naive_vtrace(reward, value, next_value, terminated, truncated, log_ratio, gamma, lam, rho_clip, c_clip, t):
+    """Equation 1 of Espeholt et al.: V + sum_k gamma^(k-t) (prod c) rho_k delta_k, within the episode."""
+    target, weight = value[t], 1.0
+    for k in range(t, len(reward)):
+        ratio = torch.tensor(log_ratio[k]).double().exp().item()
+        bootstrap = 0.0 if terminated[k] else gamma * next_value[k]
+        target += weight * min(rho_clip, ratio) * (reward[k] + bootstrap - value[k])
+        if terminated[k] or truncated[k]:
+            break
+        weight *= gamma * lam * min(c_clip, ratio)
+    return target
+
+
+def test_recursion_by_hand():
+    y = backward_recursion(column(1.0, 2.0, 3.0), column(0.5, 0.0, 7.0))
+    assert y.flatten().tolist() == [2.0, 2.0, 3.0]
+
+
+def test_td_error_bootstraps_from_truncated_but_not_from_terminated_steps():
+    delta = td_error(column(1, 1, 1), column(10, 20, 30), column(2, 4, 6), column(0, 1, 0, dtype=torch.bool), 0.5)
+    assert delta.flatten().tolist() == [-8.0, -19.0, -26.0]
+
+
+def test_gae_by_hand_with_a_termination_and_a_truncation():
+    """gamma = 1/2, lambda = 1/2; step 1 terminates, step 3 is truncated with final value 8."""
+    reward, value = column(1, 2, 3, 4, 5), column(1, 1, 1, 1, 1)
+    next_value = column(1, 99, 1, 8, 6)
+    terminated = column(0, 1, 0, 0, 0, dtype=torch.bool)
+    truncated = column(0, 0, 0, 1, 0, dtype=torch.bool)
+    # delta = [1 + .5 - 1, 2 - 1, 3 + .5 - 1, 4 + 4 - 1, 5 + 3 - 1] = [.5, 1, 2.5, 7, 7]
+    advantage = gae(reward, value, next_value, terminated, truncated, 0.5, 0.5)
+    assert advantage.flatten().tolist() == [0.5 + 0.25 * 1, 1, 2.5 + 0.25 * 7, 7, 7]
+    returns = lambda_returns(reward, value, next_value, terminated, truncated, 0.5, 0.5)
+    assert_close(returns, advantage + 1)
+
+
+def test_lambda_one_is_monte_carlo_and_lambda_zero_is_td():
+    reward, value, next_value, terminated, truncated = c = case(0)
+    done = terminated | truncated
+    expected = torch.zeros_like(reward)
+    following = next_value[-1]
+    for t in reversed(range(len(reward))):
+        following = torch.where(done[t], next_value[t] * ~terminated[t], following)
+        following = reward[t] + 0.9 * following
+        expected[t] = following
+    assert_close(lambda_returns(*c, 0.9, 1.0), expected, **EXACT)
+    assert_close(gae(*c, 0.9, 0.0), td_error(reward, value, next_value, terminated, 0.9), **EXACT)
+
+
+def test_gamma_zero_leaves_the_reward():
+    reward, value, next_value, terminated, truncated = case(1)
+    assert_close(lambda_returns(reward, value, next_value, terminated, truncated, 0.0, 0.9), reward, **EXACT)
+
+
+unit = st.floats(0, 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), T=st.integers(1, 9), gamma=unit, lam=unit, ends=st.sampled_from([0.0, 0.2, 1.0]))
+def test_lambda_returns_equal_their_definition(seed, T, gamma, lam, ends):
+    c = case(seed, T, ends=ends)
+    returns, advantage = lambda_returns(*c, gamma, lam), gae(*c, gamma, lam)
+    assert_close(returns, advantage + c[1], **EXACT)
+    for p, b, series in paths(*c):
+        expected = [naive_lambda_return(*series, gamma, lam, t) for t in range(T)]
+        assert returns[:, p, b].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    T=st.integers(1, 9),
+    gamma=unit,
+    lam=unit,
+    rho_clip=st.floats(0.5, 3),
+    c_clip=st.floats(0.5, 3),
+)
+def test_vtrace_equals_its_definition(seed, T, gamma, lam, rho_clip, c_clip):
+    c = case(seed, T)
+    log_ratio = torch.randn(T, 2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    target, advantage = vtrace(*c, log_ratio, gamma, lam, rho_clip, c_clip)
+    reward, value, next_value, terminated, truncated = c
+    for p, b, series in paths(*c, log_ratio):
+        expected = [naive_vtrace(*series, gamma, lam, rho_clip, c_clip, t) for t in range(T)]
+        assert target[:, p, b].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+        for t in range(T):
+            ended = bool(terminated[t, p, b] | truncated[t, p, b])
+            following = next_value[t, p, b] if ended or t == T - 1 else target[t + 1, p, b]
+            delta = reward[t, p, b] + gamma * following * ~terminated[t, p, b] - value[t, p, b]
+            weight = min(rho_clip, log_ratio[t, p, b].exp())
+            assert_close(advantage[t, p, b], weight * delta, **EXACT)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+def test_vtrace_on_policy_is_the_lambda_return(lam):
+    c = case(3)
+    target, _ = vtrace(*c, torch.zeros(6, 2, 3, dtype=torch.float64), 0.9, lam)
+    assert_close(target, lambda_returns(*c, 0.9, lam), **EXACT)
+
+
+def test_vtrace_at_lambda_one_weighs_the_policy_gradient_with_gae():
+    c = case(3)
+    _, advantage = vtrace(*c, torch.zeros(6, 2, 3, dtype=torch.float64), 0.9, 1.0)
+    assert_close(advantage, gae(*c, 0.9, 1.0), **EXACT)
+
+
+def test_vtrace_ignores_steps_that_the_target_policy_would_never_take():
+    c = case(4, ends=0.0)
+    target, advantage = vtrace(*c, torch.full((6, 2, 3), -60.0, dtype=torch.float64), 0.9)
+    assert_close(target, c[1], **EXACT)
+    assert advantage.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1)], ids=["one", "per-lifetime"])
+@pytest.mark.parametrize("function", [gae, lambda_returns])
+def test_derivatives_in_values_gamma_and_lambda(function, shape):
+    reward, value, next_value, terminated, truncated = case(5)
+    gamma, lam = (torch.full(shape, x, dtype=torch.float64).requires_grad_() for x in (0.9, 0.7))
+    inputs = [x.requires_grad_() for x in (reward, value, next_value)]
+    f = lambda r, v, n, g, la: function(r, v, n, terminated, truncated, g, la)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (*inputs, gamma, lam))
+    assert torch.autograd.gradgradcheck(f, (*inputs, gamma, lam))
+
+
+def test_derivatives_of_vtrace():
+    reward, value, next_value, terminated, truncated = case(6)
+    log_ratio = 0.5 * torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    gamma, lam = (torch.full((2, 1), x, dtype=torch.float64).requires_grad_() for x in (0.9, 0.7))
+    f = lambda v, n, g, la: vtrace(reward, v, n, terminated, truncated, log_ratio, g, la)  # noqa: E731
+    assert torch.autograd.gradcheck(f, (value.requires_grad_(), next_value.requires_grad_(), gamma, lam))
+    log_ratio.requires_grad_()
+    target, _ = vtrace(reward, value, next_value, terminated, truncated, log_ratio, 0.9)
+    assert torch.autograd.grad(target.sum(), log_ratio, allow_unused=True)[0] is None  # ratios are data
+
+
+def test_lifetimes_may_have_numbers_of_their_own():
+    c = case(7)
+    gamma, lam = torch.tensor([[0.9], [0.5]]).double(), torch.tensor([[0.3], [1.0]]).double()
+    together = gae(*c, gamma, lam)
+    for p in range(2):
+        alone = gae(*[x[:, p : p + 1] for x in c], float(gamma[p]), float(lam[p]))
+        assert_close(together[:, p : p + 1], alone, **EXACT)

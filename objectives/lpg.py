@@ -134,8 +134,12 @@ class LPG(Objective):
         T, n = len(reward), reward[0].numel()
         inputs = torch.stack([column.reshape(T, n) for column in columns], 1)  # [T, I, n]: features before sequences
         hidden = self.core(inputs, done.reshape(T, n), twice=not self.config.stop_inputs).relu()
-        pi_hat = features_first_linear(*self.policy_head.parameters(), hidden)[:, 0].view(reward.shape)
-        y_hat = features_first_linear(*self.prediction_head.parameters(), hidden).softmax(1).movedim(1, -1)
+        pi_hat = features_first_linear(self.policy_head.weight, self.policy_head.bias, hidden)[:, 0].view(reward.shape)
+        y_hat = (
+            features_first_linear(self.prediction_head.weight, self.prediction_head.bias, hidden)
+            .softmax(1)
+            .movedim(1, -1)
+        )
         return pi_hat, y_hat.unflatten(1, reward.shape[1:])
 
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:

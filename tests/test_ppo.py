@@ -269,7 +269,7 @@ def naive_advantage(tr, value, next_value, gamma, lam):
 
 
 def test_one_update_is_the_a2c_gradient_in_closed_form():
-    """Tabular actor-critic: every term of the gradient written by hand, with its episode ends and final observations."""
+    """Tabular actor-critic: each term of the gradient by hand, with episode ends and final observations."""
     hyper = Hyper(
         learning_rate=1.0, gamma=0.9, gae_lambda=0.7, clip_range=float("inf"), ent_coef=0.03, vf_coef=0.4,
         max_grad_norm=float("inf"),

@@ -7,16 +7,16 @@ from torch.testing import assert_close
 from objectives.recurrence import CORES
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-T, N, I, H = 7, 6, 4, 5
+T, N, X, H = 7, 6, 4, 5
 EACH = pytest.mark.parametrize("kind", CORES)
 
 
 def core_and_data(kind, seed=0):
     torch.manual_seed(seed)
-    core = CORES[kind](I, H).double()
+    core = CORES[kind](X, H).double()
     for parameter in core.parameters():  # biases are zero at first: make every term count
         parameter.data += 0.3 * torch.randn_like(parameter)
-    x = torch.randn(T, I, N, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(T, X, N, dtype=torch.float64, requires_grad=True)
     return core, x, torch.rand(T, N) < 0.3
 
 
@@ -81,9 +81,9 @@ def mapped(core, kind):
     """torch's own cell with the same weights."""
     blocks_x, blocks_h, bias = (w.detach().split(H) for w in (core.weight_x, core.weight_h, core.bias))
     if kind == "gru":
-        cell, order = torch.nn.GRUCell(I, H).double(), (0, 1, 2)  # r, z, n in both
+        cell, order = torch.nn.GRUCell(X, H).double(), (0, 1, 2)  # r, z, n in both
     else:
-        cell, order = torch.nn.LSTMCell(I, H).double(), (0, 1, 3, 2)  # torch: i, f, g, o
+        cell, order = torch.nn.LSTMCell(X, H).double(), (0, 1, 3, 2)  # torch: i, f, g, o
     cell.weight_ih.data.copy_(torch.cat([blocks_x[i] for i in order]))
     cell.weight_hh.data.copy_(torch.cat([blocks_h[i] for i in order]))
     cell.bias_ih.data.copy_(torch.cat([bias[i] for i in order]))
@@ -113,8 +113,8 @@ def test_equals_torch_cells(kind, twice):
 def test_initial_weights():
     """The forget gate is open at first; recurrent blocks are orthogonal."""
     torch.manual_seed(0)
-    lstm = CORES["lstm"](I, H)
+    lstm = CORES["lstm"](X, H)
     assert lstm.bias.tolist() == [0.0] * H + [1.0] * H + [0.0] * 2 * H
-    for core in (lstm, CORES["gru"](I, H)):
+    for core in (lstm, CORES["gru"](X, H)):
         for block in core.weight_h.split(H):
             assert_close(block @ block.T, torch.eye(H), rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
 from experiments.recipes import Recipe
 from experiments.report import metrics_figure, save_figure
-from experiments.runs import Progress, Run, default_folder, plain
+from experiments.runs import Checkpoint, Progress, Run, default_folder, plain
 from experiments.scores import Scorer
 from learned_rl import __version__, artifacts
 from learned_rl.evaluation import iqm, learning_curves
@@ -107,8 +107,8 @@ class _Session:
 
     def checkpoint(self) -> None:
         state: Tree = {f"trainer/{k}": v for k, v in self.trainer.state_dict().items()}
-        own = {"best": self.best, "validated": self.validated, "elapsed": self.seconds}
-        self.run.save_checkpoint(state | own)
+        own: Checkpoint = {"best": self.best, "validated": self.validated, "elapsed": self.seconds}
+        self.run.save_checkpoint({**state, **own})
 
     def resume(self) -> None:
         """Continue from the checkpoint, or from the beginning where none was saved yet."""

@@ -45,7 +45,7 @@ def parse(kind: Any, command: str, words: list[str], default: Any = None) -> Any
     if rest:
         word = rest[0].partition("=")[0]
         if word.startswith("-"):
-            raise unknown(f"option of {prog}", word, _flags(default or kind))
+            raise unknown(f"option of {prog}", word, ["--help", *_flags(default or kind)])
         raise UserError(f"{prog} has no use for the word {word!r}; see `{prog} --help`.")
     return args
 
@@ -65,11 +65,10 @@ def _flags(settings: Any, prefix: str = "") -> Iterator[str]:
 
 def _condensed(box: str) -> str:
     """What tyro says in a box: its first section, the expected form, and the nearest choice where choices are named."""
-    lines = [line.strip().strip("│").strip() for line in box.splitlines()]
-    sections = [" ".join(part.split()) for part in re.split(r"\n[─╭╰][^\n]*", "\n" + "\n".join(lines))]
-    message, *others = filter(None, sections)
-    message = message.rstrip(".")
-    if form := re.match(r"Argument helptext: (--\S+ \S+)", " ".join(others)):
+    lines = "\n".join(line.strip("│ ") for line in box.splitlines())
+    message, *others = filter(None, (part.strip() for part in re.split("^[─╭╰].*$", lines, flags=re.MULTILINE)))
+    message = " ".join(message.split()).rstrip(".")
+    if form := re.match(r"Argument helptext:\s+(--.*)", "".join(others)):
         message += f"; expected {form[1]}"
     if quoted := re.match(r"invalid choice '(.*?)' .*\((.*)\)$", message):
         nearest = difflib.get_close_matches(quoted[1], re.findall(r"'(.*?)'", quoted[2]), n=1, cutoff=0.0)

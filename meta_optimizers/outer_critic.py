@@ -20,7 +20,7 @@ from learned_rl.lifetimes import stream
 from learned_rl.returns import gae
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import Tree
+from learned_rl.types import Tree, at_least
 from learned_rl.update_rules import Adam, select_rows
 
 
@@ -38,6 +38,9 @@ class OuterCriticConfig:
     """normalise advantages within each lifetime"""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """the critic's architecture"""
+
+    def __post_init__(self) -> None:
+        at_least(1, epochs=self.epochs)
 
 
 class OuterCritic:

@@ -10,7 +10,7 @@ from learned_rl.component import Objective
 from learned_rl.lifetimes import Lifetimes, stream, under
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.tasks.base import TaskFamily
-from learned_rl.types import Tree, UserError
+from learned_rl.types import Tree, UserError, at_least
 from meta_optimizers.agent_bandit import AgentBandit, AgentBanditConfig
 from meta_optimizers.outer_critic import OuterCritic, OuterCriticConfig
 from meta_optimizers.truncated import Estimate, TruncatedConfig, TruncatedMetaGradient
@@ -40,6 +40,11 @@ class MetaTrainConfig:
     """the outer critic"""
     bandit: AgentBanditConfig = field(default_factory=AgentBanditConfig)
     """which agent step sizes and prediction weights the lifetimes try"""
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.horizon if isinstance(self.horizon, tuple) else (self.horizon, self.horizon)
+        at_least(1, lifetimes=self.lifetimes, horizon=shortest)
+        at_least(shortest, **{"the upper end of horizon": longest})
 
 
 class MetaTrainer:

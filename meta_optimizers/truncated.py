@@ -1,11 +1,11 @@
 """The truncated meta-gradient: differentiate through a window of K agent updates, judge the agent that comes out.
 
 Xu, van Hasselt, Silver, "Meta-Gradient Reinforcement Learning", 2018, arXiv:1805.09801, for the idea; Oh et al., 2020,
-arXiv:2007.08794, section 3.3, for this form: after K updates a fresh rollout of the updated agent gives
+arXiv:2007.08794, section 3.3, for this form: a fresh rollout of the updated agent gives
 
-    L(eta) = -mean log pi_K(a|s) A - beta_policy H(pi) + sum of the objective's own regularisers
+    L(eta) = -mean log pi_k(a|s) A - beta_policy H(pi_k) + sum of the objective's own regularisers
 
-with A from the outer critic, averaged over lifetimes. The window begins at constants: what eta did in earlier windows
+with A from the outer critic, at k = K or averaged over k = 1..K, and averaged over lifetimes. The window begins at constants: what eta did in earlier windows
 is cut off (truncation bias), and the sampled actions are data (no score-function term).
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from learned_rl.component import Metrics, lifetime_mean
 from learned_rl.lifetimes import Episodes, Lifetimes
 from learned_rl.ppo import UpdateRecord
+from learned_rl.types import at_least
 from meta_optimizers.outer_critic import OuterCritic
 
 
@@ -27,10 +29,16 @@ from meta_optimizers.outer_critic import OuterCritic
 class TruncatedConfig:
     window: int = 5
     """K: agent updates that are differentiated through"""
+    outer_terms: Literal["last", "every"] = "every"
+    """which agents of the window are judged: the one that comes out of it, or the ones after every update; the latter
+    costs no extra experience, since each update's data is fresh data of the update before"""
     policy_entropy: float = 0.05
     """weight of the policy's entropy (raised), in nats"""
     regularisers: dict[str, float] = field(default_factory=dict)
     """weight of each of the objective's own regularisers in the meta-loss; negative raises the quantity"""
+
+    def __post_init__(self) -> None:
+        at_least(1, window=self.window)
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,19 @@ class TruncatedMetaGradient:
 
     def _meta_loss(self, lifetimes, critic, out, outer, records) -> tuple[Tensor, Metrics]:  # type: ignore[no-untyped-def]
         """[P] meta-loss, and its parts by name."""
-        final = out.map(lambda x: x[:-1])
-        policy = -lifetime_mean(final.policy.log_prob(outer.action) * critic.advantage(outer))
-        # Entropies are those of the agents that came out of the window's updates, each on its own experience.
-        after = [r.out.map(lambda x: x[:-1]) for r in records[1:]] + [final]
+        # The agents that came out of each update, and what each of them then experienced.
+        after = [r.out.map(lambda x: x[:-1]) for r in records[1:]] + [out.map(lambda x: x[:-1])]
+        fresh = [r.trajectory for r in records[1:]] + [outer]
+        judged = slice(None) if self.config.outer_terms == "every" else slice(-1, None)
+        terms = zip(after[judged], fresh[judged], strict=True)
+        scores = [lifetime_mean(o.policy.log_prob(tr.action) * critic.advantage(tr)) for o, tr in terms]
+        policy = -torch.stack(scores).mean(0)
         entropy = torch.stack([lifetime_mean(o.policy.entropy()) for o in after]).mean(0)
         loss = policy - self.config.policy_entropy * entropy
         parts: Metrics = {"policy": policy, "entropy": entropy}
         objective = lifetimes.algorithm.slots.objective
-        terms = [objective.meta_regularisers(o, r.batch) for o, r in zip(after, records, strict=True)]
-        for name in terms[0]:
-            parts[name] = torch.stack([t[name] for t in terms]).mean(0)
+        regularisers = [objective.meta_regularisers(o, r.batch) for o, r in zip(after, records, strict=True)]
+        for name in regularisers[0]:
+            parts[name] = torch.stack([t[name] for t in regularisers]).mean(0)
             loss = loss + self.config.regularisers.get(name, 0.0) * parts[name]
         return loss, {k: v.detach() for k, v in parts.items()}  # stop: only to look at

@@ -66,9 +66,9 @@ def make_trainer(s: Settings, width: int) -> tuple[MetaTrainer, LPG]:
 def matrix_products(s: Settings, objective: LPG) -> Callable[[], None]:
     """The matrix products of one meta-step in the core and its two heads, and nothing else, into memory that is ready.
 
-    For each of the K updates, with n = P B columns: the projection of the inputs, T recurrent products, two heads; then
-    back: the weights and inputs of the heads, T transposed recurrent products, T products for the recurrent weights, the
-    weights and inputs of the projection. Shapes and layout are those of the objective's own.
+    For each of the K updates, with n = P B columns: the projection of the inputs, T recurrent products, two heads;
+    then back: T transposed recurrent products, T for the recurrent weights, and for the heads and the projection those
+    of weights and inputs. Shapes and layout are the objective's own.
     """
     T, n, core = s.steps, s.lifetimes * s.copies, objective.core
     layers = [(w.weight, core.width) for w in (objective.policy_head, objective.prediction_head)]

@@ -110,6 +110,7 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         if header["sha256"] != _digest(header, tensors):
             raise UserError(f"{path} is damaged: its content does not match its checksum; fetch or write it again.")
         plain = {key: json.loads(header[key]) for key in ("contract", "config", "provenance")}
+        plain["component"] = header["component"]
     except (SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(
             f"{path} is not a component file, or it is damaged: expected the .safetensors that `meta-train` writes."

@@ -86,7 +86,7 @@ class MetaTrainer:
 
     def step(self) -> dict[str, float]:
         """One update of the meta-parameters; returns what to log."""
-        estimate = self.estimator(self.lifetimes, self.critic, self.eta)
+        estimate = self.estimator(self.lifetimes, self.critic, self.eta, self.steps)
         metrics = estimate.metrics | self._descend(estimate)
         returns, count = (sum(getattr(e, k) for e in estimate.episodes) for k in ("returns", "count"))
         mean_return = returns / count  # [P]; not a number where no episode ended

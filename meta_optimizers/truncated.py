@@ -1,16 +1,18 @@
-"""The truncated meta-gradient: differentiate through a window of K agent updates, judge the agent that comes out.
+"""The truncated meta-gradient: differentiate through a window of K agent updates, judge the agents that come out.
 
 Xu, van Hasselt, Silver, "Meta-Gradient Reinforcement Learning", 2018, arXiv:1805.09801, for the idea; Oh et al., 2020,
 arXiv:2007.08794, section 3.3, for this form: a fresh rollout of the updated agent gives
 
     L(eta) = -mean log pi_k(a|s) A - beta_policy H(pi_k) + sum of the objective's own regularisers
 
-with A from the outer critic, at k = K or averaged over k = 1..K, and averaged over lifetimes. The window begins at constants: what eta did in earlier windows
-is cut off (truncation bias), and the sampled actions are data (no score-function term).
+with A from the outer critic, at k = K or averaged over k = 1..K, and averaged over lifetimes. The window begins at
+constants: what eta did in earlier windows is cut off (truncation bias), and the sampled actions are data (no
+score-function term).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,9 +20,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from learned_rl.agents import AgentOutput
 from learned_rl.component import Metrics, lifetime_mean
 from learned_rl.lifetimes import Episodes, Lifetimes
 from learned_rl.ppo import UpdateRecord
+from learned_rl.trajectory import Trajectory
 from learned_rl.types import at_least
 from meta_optimizers.outer_critic import OuterCritic
 
@@ -33,7 +37,9 @@ class TruncatedConfig:
     """which agents of the window are judged: the one that comes out of it, or the ones after every update; the latter
     costs no extra experience, since each update's data is fresh data of the update before"""
     policy_entropy: float = 0.05
-    """weight of the policy's entropy (raised), in nats"""
+    """weight of the policy's entropy (raised, in nats) at the first meta-step"""
+    entropy_half_life: float = math.inf
+    """meta-steps in which that weight halves: early on it keeps policies from settling, later it blurs them"""
     regularisers: dict[str, float] = field(default_factory=dict)
     """weight of each of the objective's own regularisers in the meta-loss; negative raises the quantity"""
 
@@ -64,7 +70,8 @@ class TruncatedMetaGradient:
     def __init__(self, config: TruncatedConfig) -> None:
         self.config = config
 
-    def __call__(self, lifetimes: Lifetimes, critic: OuterCritic, eta: Sequence[nn.Parameter]) -> Estimate:
+    def __call__(self, lifetimes: Lifetimes, critic: OuterCritic, eta: Sequence[nn.Parameter], step: int) -> Estimate:
+        """One window; `step` is the number of meta-steps before it."""
         inner = lifetimes.window()
         records: list[UpdateRecord] = []
         episodes: list[Episodes] = []
@@ -76,7 +83,8 @@ class TruncatedMetaGradient:
         outer = lifetimes.collect(inner)
         lifetimes.episodes(outer)
         critic_loss = critic.learn(outer)
-        meta_loss, parts = self._meta_loss(lifetimes, critic, inner.agent(outer.obs), outer, records)
+        weight = self.config.policy_entropy * 0.5 ** (step / self.config.entropy_half_life)
+        meta_loss, parts = self._meta_loss(lifetimes, critic, inner.agent(outer.obs), outer, records, weight)
         with torch.no_grad():
             alive = meta_loss.isfinite() & inner.theta.isfinite().all(1)
             for record in records:
@@ -90,7 +98,15 @@ class TruncatedMetaGradient:
         metrics["critic_loss"] = critic_loss.nanmean().item()
         return Estimate(grads, ~alive, metrics, episodes)
 
-    def _meta_loss(self, lifetimes, critic, out, outer, records) -> tuple[Tensor, Metrics]:  # type: ignore[no-untyped-def]
+    def _meta_loss(
+        self,
+        lifetimes: Lifetimes,
+        critic: OuterCritic,
+        out: AgentOutput,
+        outer: Trajectory,
+        records: list[UpdateRecord],
+        entropy_weight: float,
+    ) -> tuple[Tensor, Metrics]:
         """[P] meta-loss, and its parts by name."""
         # The agents that came out of each update, and what each of them then experienced.
         after = [r.out.map(lambda x: x[:-1]) for r in records[1:]] + [out.map(lambda x: x[:-1])]
@@ -100,7 +116,7 @@ class TruncatedMetaGradient:
         scores = [lifetime_mean(o.policy.log_prob(tr.action) * critic.advantage(tr)) for o, tr in terms]
         policy = -torch.stack(scores).mean(0)
         entropy = torch.stack([lifetime_mean(o.policy.entropy()) for o in after]).mean(0)
-        loss = policy - self.config.policy_entropy * entropy
+        loss = policy - entropy_weight * entropy
         parts: Metrics = {"policy": policy, "entropy": entropy}
         objective = lifetimes.algorithm.slots.objective
         regularisers = [objective.meta_regularisers(o, r.batch) for o, r in zip(after, records, strict=True)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench
 from experiments.benchmarks import gpu, grid, learning, lpg, memory, ppo, threads
@@ -21,15 +21,6 @@ LPG = lpg.Settings(lifetimes=2, copies=3, steps=4, window=2, predictions=5, widt
 TOY_PPO = PPOSettings(n_envs=2, n_steps=16, n_epochs=2, batch_size=16, hidden=(8, 8))
 
 needs_sb3 = pytest.mark.skipif(not has_sb3(), reason=NO_SB3)
-
-
-def report_threads():
-    return [Result("toy", "threads", float(torch.get_num_threads()), "threads", note="a note")]
-
-
-def write_a_file(folder):
-    (folder / "curves.csv").write_text("1")
-    return []
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
@@ -77,10 +68,10 @@ def test_matrix_products_are_those_of_a_meta_step():
     s = lpg.Settings(lifetimes=2, copies=8, steps=5, window=3, predictions=6)
     trainer, objective = lpg.make_trainer(s, 64)
     products = lpg.matrix_products(s, objective)
-    aten = torch.ops.aten
+    in_place = {torch.ops.aten.addmm_: lambda a, left, right, **_: 2 * left[0] * left[1] * right[1]}
     counted = []
     for work in (trainer.step, products):
-        with FlopCounterMode(display=False, custom_mapping={aten.addmm_: flop_registry[aten.addmm]}) as counter:
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             work()
         counted.append(counter.get_total_flops())
     step, alone = counted
@@ -120,11 +111,12 @@ def test_gpu_runs_both_groups():
     assert len(rows) == 9 and all(r.group == "gpu" and r.value > 0 for r in rows)
 
 
-@pytest.mark.slow
-def test_threads_compare_processes():
+def test_threads_compare_one_with_two(monkeypatch):
+    asked = []
+    monkeypatch.setattr(threads, "fresh", lambda n, function, *args: asked.append(n) or function(*args))
     s = threads.Settings(lpg=lpg.Settings(2, 2, 2, 2, 5, widths=(4,)), ppo=TOY_PPO, warm_up=1, repeats=3)
     rows = threads.measure(s)
-    assert len(rows) == 4 and sum("busy" in r.name for r in rows) == 2
+    assert asked == [1, 2] * 4 and sum("busy" in r.name for r in rows) == 2
     for r in rows:
         assert r.ratio == pytest.approx(r.value / float(r.note.split()[2]), rel=1e-3)
 
@@ -171,7 +163,7 @@ def test_contenders_have_equal_settings():
 
 
 def test_cleanrl_style_advantages():
-    loop = CleanRLStyle("CartPole-v1", TOY_PPO, 0)
+    loop = CleanRLStyle("CartPole-v1", PPOSettings(n_envs=2, n_steps=40), 0)
     loop._collect()
     assert loop.dones.any()
     with torch.no_grad():
@@ -192,7 +184,7 @@ def test_cleanrl_style_learns():
 
 # --- learning curves ---------------------------------------------------------------------------------------------
 
-CURVES = learning.Settings(steps={"CartPole-v1": 3000}, bin=1000, seeds=2, ppo=PPOSettings(), workers=1)
+CURVES = learning.Settings(steps={"CartPole-v1": 3072}, bin=1024, seeds=2, ppo=PPOSettings(), workers=1)
 
 
 def test_bins_average_the_episodes_that_ended():
@@ -232,7 +224,7 @@ def test_learning_writes_curves_and_figure(tmp_path):
     with (tmp_path / f"{learning.NAME}.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == len(methods) * 2 * 3
-    assert {r["method"] for r in table} == set(methods) and {r["step"] for r in table} == {"1000", "2000", "3000"}
+    assert {r["method"] for r in table} == set(methods) and {r["step"] for r in table} == {"1024", "2048", "3072"}
     assert (tmp_path / f"{learning.NAME}.png").read_bytes()[1:4] == b"PNG"
 
 
@@ -240,7 +232,7 @@ def test_learning_writes_curves_and_figure(tmp_path):
 
 
 def test_unknown_group_names_the_nearest(tmp_path):
-    with pytest.raises(UserError, match="'lpgg'.*'lpg'"):
+    with pytest.raises(UserError, match=r"'lpgg'.*'lpg'"):
         bench.run(["lpgg"], tmp_path / "bench.json")
     assert not list(tmp_path.iterdir())
 
@@ -251,15 +243,22 @@ def test_only_slow_groups_must_be_asked_for():
 
 def test_run_records_and_prints(monkeypatch, tmp_path):
     out = tmp_path / "results" / "bench.json"
-    monkeypatch.setattr(bench, "GROUPS", {"toy": bench.Group(report_threads, "a toy"), "gpu": bench.GROUPS["gpu"]})
-    monkeypatch.setitem(bench.GROUPS, "files", bench.Group(write_a_file, "files", default=False, files=True))
+    row = Result("toy", "a toy's speed", 1.0, "laps", note="a note")
+    folders = []
+    toys = {
+        "toy": bench.Group(lambda: [row], "a toy"),
+        "files": bench.Group(lambda folder: folders.append(folder) or [], "files", default=False, files=True),
+        "gpu": bench.GROUPS["gpu"],
+    }
+    threads_asked = []
+    monkeypatch.setattr(bench, "GROUPS", toys)
+    monkeypatch.setattr(bench, "fresh", lambda n, function, *args: threads_asked.append(n) or function(*args))
     out.parent.mkdir()
     out.write_text('{"gpu": "of an earlier run", "toy": "too"}')
     console = Console(record=True, width=200)
-    rows = bench.run(["toy", "files", "toy"], out, console)
-    assert rows == [Result("toy", "threads", 1.0, "threads", note="a note")]
+    assert bench.run(["toy", "files", "toy"], out, console) == [row]
     assert "a note" in console.export_text()
-    assert (out.parent / "curves.csv").read_text() == "1"
+    assert threads_asked == [1, 1] and folders == [out.parent]
     report = json.loads(out.read_text())
     assert report["gpu"] == "of an earlier run"
     assert report["toy"]["results"][0]["value"] == 1.0

@@ -230,11 +230,14 @@ def estimate(trainer, break_it=None, monkeypatch=None):
     """Gradient and broken mask of one window, with lifetime 1 broken in the given way."""
     if break_it == "theta":
         trainer.lifetimes.population.theta.data[1, 0] = float("nan")
-    if break_it == "reward":
-        collect = Lifetimes.collect
+    if break_it in ("reward", "first reward"):
+        collect, calls = Lifetimes.collect, []
 
         def broken(self, inner, steps=None):
             tr = collect(self, inner, steps)
+            calls.append(tr)
+            if break_it == "first reward" and len(calls) > 1:
+                return tr
             reward = tr.reward.clone()
             reward[2, 1, 0] = float("nan")
             return dataclasses.replace(tr, reward=reward)
@@ -244,7 +247,7 @@ def estimate(trainer, break_it=None, monkeypatch=None):
 
 
 @pytest.mark.parametrize("stop", [True, False])
-@pytest.mark.parametrize("where", ["theta", "reward"])
+@pytest.mark.parametrize("where", ["theta", "reward", "first reward"])
 def test_a_broken_lifetime_leaves_the_mean_of_the_others(where, stop, monkeypatch):
     """Its actions may be anything, but nobody else's draws depend on them: so take P lifetimes and leave one out."""
     healthy = trainer(stop_inputs=stop)
@@ -269,7 +272,7 @@ def test_a_broken_lifetime_leaves_the_mean_of_the_others(where, stop, monkeypatc
     assert any(g.abs().max() > 1e-4 for g in result.grads)
 
 
-@pytest.mark.parametrize("where", ["theta", "reward"])
+@pytest.mark.parametrize("where", ["theta", "reward", "first reward"])
 def test_a_broken_lifetime_is_counted_and_restarted(where, monkeypatch):
     t = trainer(config=dataclasses.replace(META, horizon=1000))
     life = t.lifetimes.life.clone()
@@ -370,7 +373,12 @@ def test_every_tensor_of_eta_gets_a_gradient_and_moves(core):
 
 def test_counters_and_bandit_of_the_trainer():
     t = trainer()
-    steps = [t.step() for _ in range(6)]
+    assert t.bandit.count.sum() == 0
+    steps, arms = [], set(t.bandit.arm.tolist())
+    for _ in range(6):
+        steps.append(t.step())
+        arms |= set(t.bandit.arm.tolist())
+    assert len(arms) > 1
     assert t.steps == 6 and t.environment_steps == 6 * 3 * P * AGENT.n_envs * AGENT.n_steps
     assert t.restarts > 0 and any("final_return" in m for m in steps)
     rates = t.lifetimes.hyper.learning_rate

@@ -367,6 +367,26 @@ def test_target_kl_stops_each_lifetime_by_itself():
     assert 1 <= counts[0] < 8 and counts[1] == 8
 
 
+class ScriptedKL(PPOClip):
+    """Reports given divergences, one row [P] for each gradient step."""
+
+    name = "scripted_kl"
+
+    def prepare(self, *args):
+        self.script = iter([[0.0, 0.0], [9.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+        return super().prepare(*args)
+
+    def loss(self, out, batch, hyper):
+        loss, metrics = super().loss(out, batch, hyper)
+        return loss, metrics | {"approx_kl": torch.tensor(next(self.script))}
+
+
+def test_a_lifetime_that_stopped_does_not_go_on_in_the_same_update():
+    config = dataclasses.replace(SMALL, n_epochs=2, n_minibatches=2, target_kl=0.01)
+    inner, _ = run(config, updates=2, objective=ScriptedKL())
+    assert inner.state["count"].flatten().tolist() == [2, 8]  # one step of four in each of two updates
+
+
 def test_linear_decay_reaches_zero():
     start = experience.population("mlp", value=True).theta
     config = dataclasses.replace(SMALL, linear_decay=True, n_epochs=1, n_minibatches=1, optimizer="sgd")

@@ -1,4 +1,4 @@
-"""Names: what is registered is found, what is not gets the nearest choice, and the declarations are the installed ones."""
+"""Names: what is registered is found, what is not gets the nearest choice, declarations are what is installed."""
 
 import pathlib
 import tomllib

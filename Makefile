@@ -3,7 +3,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format type setup clean
+.PHONY: help demo test lint format type setup clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
 
 demo: setup  ## meta-learn LPG for about ten minutes, evaluate it, plug it into PPO, write the report
 	$(BIN)/python -m experiments.demo

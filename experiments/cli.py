@@ -163,8 +163,8 @@ def main() -> None:
         print(f"learned-rl: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        saved = f" and saved; the same command with --out {interrupt.args[0]} --resume continues" * bool(interrupt.args)
-        print(f"learned-rl: interrupted{saved}.", file=sys.stderr)
+        saved = [f" and saved; the same command with --out {path} --resume continues" for path in interrupt.args]
+        print(f"learned-rl: interrupted{''.join(saved)}.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails as well

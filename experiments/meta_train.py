@@ -74,7 +74,7 @@ class _Session:
             trainer.algorithm,
             horizon,
             tasks=recipe.validation_tasks,
-            seeds=2,
+            seeds=1,
             split="validation",
             checkpoints=5,
             episodes=8,

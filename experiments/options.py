@@ -66,7 +66,9 @@ def _flags(settings: Any, prefix: str = "") -> Iterator[str]:
 def _condensed(box: str) -> str:
     """What tyro says in a box: its first section, the expected form, and the nearest choice where choices are named."""
     lines = "\n".join(line.strip("│ ") for line in box.splitlines())
-    message, *others = filter(None, (part.strip() for part in re.split("^[─╭╰].*$", lines, flags=re.MULTILINE)))
+    sections = [part.strip() for part in re.split(r"^(?:[─╭╰]|----).*$", lines, flags=re.MULTILINE)]
+    title = not box.lstrip().startswith("╭")  # where the terminal knows no such characters the title is a section
+    message, *others = list(filter(None, sections))[title:] or [box]
     message = " ".join(message.split()).rstrip(".")
     if form := re.match(r"Argument helptext:\s+(--.*)", "".join(others)):
         message += f"; expected {form[1]}"

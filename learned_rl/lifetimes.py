@@ -218,9 +218,10 @@ class Lifetimes:
         if not len(index):
             return
         self.life[index] += 1
-        if not self.fixed_tasks:
-            obs = self.env.set_tasks(index, self._draw_tasks(index.tolist()))
-            self.obs = torch.where(_rows(which, self.obs), self._shaped(obs), self.obs)
+        present = {k: v[index] for k, v in self.tasks().items()}
+        tasks = present if self.fixed_tasks else self._draw_tasks(index.tolist())
+        obs = self.env.set_tasks(index, tasks)
+        self.obs = torch.where(_rows(which, self.obs), self._shaped(obs), self.obs)
         fresh_memory = {k: v.to(self.device) for k, v in self.algorithm.initial_memory(len(self)).items()}
         self.memory = {k: torch.where(_rows(which, v), fresh_memory[k], v) for k, v in self.memory.items()}
         self.age = torch.where(which, torch.zeros_like(self.age), self.age)
@@ -252,6 +253,10 @@ class Lifetimes:
     def _draw_tasks(self, lifetimes: Iterable[int]) -> Tasks:
         draws = [self.family.sample(1, stream(self.split, self.seed, p, int(self.life[p]))) for p in lifetimes]
         return {k: torch.cat([d[k] for d in draws]) for k in draws[0]}
+
+    def tasks(self) -> Tasks:
+        """The tasks of the P lifetimes, on the CPU."""
+        return {k: v[:: self.algorithm.config.n_envs].cpu() for k, v in self.env.task.items()}
 
     def _shaped(self, obs: Tensor) -> Tensor:
         return obs.unflatten(0, (len(self.population.theta), -1))

@@ -175,9 +175,9 @@ class Algorithm:
         c, slots = self.config, self.slots
         collected = trajectory
         trajectory, hyper, memory, alive = self._ask(inner, collected, context, hyper)
-        whole = c.n_minibatches == 1
+        whole, healthy = c.n_minibatches == 1, bool(alive.all())
         with torch.set_grad_enabled(whole or inner.graph):
-            out = _revive(inner.agent(trajectory.obs), alive)
+            out = _revive(inner.agent(trajectory.obs), alive, 1)
         next_value = self._next_value(inner, trajectory, out, alive) if slots.objective.needs_value else None
         own, linked = _of("objective", context), inner.graph and slots.objective.differentiates_inputs
         seen = out if inner.graph else out.detach()  # stop: targets are constants of the inner gradient
@@ -191,12 +191,17 @@ class Algorithm:
         sums: list[Metrics] = []
         first = out.map(lambda x: x[:-1]) if whole and not linked else None
         for part_out, part in self._parts(inner, trajectory, rows, first, generator):
+            part_out = part_out if healthy else _revive(part_out, alive, 1 if whole else 0)
             loss, metrics = slots.objective.loss(part_out, part, hyper)
             if not isinstance(slots.auxiliary, NoAuxiliary):
                 aux_coef = hyper.aux_coef
                 weight = aux_coef.squeeze(-1) if isinstance(aux_coef, Tensor) else aux_coef
                 loss = loss + weight * slots.auxiliary.loss(part_out, part, hyper)
             if c.target_kl is not None:
+                if "approx_kl" not in metrics:
+                    raise UserError(
+                        f"target_kl needs an objective that reports approx_kl; {slots.objective.name!r} does not."
+                    )
                 below = metrics["approx_kl"] <= c.target_kl
                 active = below if active is None else active & below
                 if not bool(active.any()):
@@ -228,7 +233,7 @@ class Algorithm:
         if trajectory.final_obs is None:
             return value
         with torch.set_grad_enabled(inner.graph):
-            final = _revive(inner.agent(trajectory.final_obs), alive).value
+            final = _revive(inner.agent(trajectory.final_obs), alive, 1).value
         assert final is not None
         return torch.where(trajectory.truncated, final, value)
 
@@ -259,12 +264,16 @@ def _of(slot: str, context: Context) -> Context:
     return dataclasses.replace(context, memory=own)
 
 
-def _revive(out: AgentOutput, alive: Tensor) -> AgentOutput:
-    """Zeros in place of what a broken lifetime says, so that no component ever computes with NaN."""
+def _revive(out: AgentOutput, alive: Tensor, axis: int) -> AgentOutput:
+    """Zeros in place of what a broken lifetime says, so that no component ever computes with NaN.
+
+    Args:
+        axis: the lifetime axis of the output's tensors.
+    """
     if bool(alive.all()):
         return out
-    keep = alive[:, None, None]
-    return out.map(lambda x: torch.where(keep if x.dim() == 4 else keep[..., 0], x, torch.zeros_like(x)))
+    keep = lambda x: alive.view([-1 if i == axis else 1 for i in range(x.dim())])  # noqa: E731
+    return out.map(lambda x: torch.where(keep(x), x, torch.zeros_like(x)))
 
 
 def _average(metrics: list[Metrics]) -> Metrics:

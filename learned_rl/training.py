@@ -112,7 +112,7 @@ class PPO:
         """[seeds] mean undiscounted return of fresh episodes at the present policies."""
         theta = self.lifetimes.population.theta.detach()  # stop: acting makes data
         policy = self.lifetimes.population.bind(theta, policy_only=True)
-        tasks = {k: v[:: self.config.n_envs].cpu() for k, v in self.lifetimes.env.task.items()}
+        tasks = self.lifetimes.tasks()
         return episode_returns(policy, self.family, tasks, episodes, seed, greedy, self.lifetimes.device)
 
     def state_dict(self) -> Tree:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from learned_rl.component import Objective
+from learned_rl.component import Hyper, Objective
 from learned_rl.lifetimes import Lifetimes, stream, under
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.tasks.base import TaskFamily
@@ -17,7 +17,9 @@ from meta_optimizers.truncated import Estimate, TruncatedConfig, TruncatedMetaGr
 
 
 def _agent_config() -> PPOConfig:
-    return PPOConfig(n_envs=16, n_steps=20, n_epochs=1, n_minibatches=1, optimizer="sgd")
+    """Tabular agents. A step's norm is at most 60 * 0.03: see docs/meta_optimizers/truncated.md on why so little."""
+    hyper = Hyper(learning_rate=60.0, aux_coef=0.5, max_grad_norm=0.03)
+    return PPOConfig(n_envs=16, n_steps=20, n_epochs=1, n_minibatches=1, optimizer="sgd", hyper=hyper)
 
 
 @dataclass(frozen=True)

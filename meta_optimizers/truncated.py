@@ -75,16 +75,19 @@ class TruncatedMetaGradient:
         inner = lifetimes.window()
         records: list[UpdateRecord] = []
         episodes: list[Episodes] = []
+        advantages: list[Tensor] = []  # of each update's data, before the critic has learned from them
         for _ in range(self.config.window):
             record, ended = lifetimes.advance(inner)
-            critic_loss = critic.learn(record.trajectory)
             records.append(record)
             episodes.append(ended)
+            advantages.append(critic.advantage(record.trajectory))
+            critic.learn(record.trajectory)
         outer = lifetimes.collect(inner)
         lifetimes.episodes(outer)
+        advantages.append(critic.advantage(outer))
         critic_loss = critic.learn(outer)
         weight = self.config.policy_entropy * 0.5 ** (step / self.config.entropy_half_life)
-        meta_loss, parts = self._meta_loss(lifetimes, critic, inner.agent(outer.obs), outer, records, weight)
+        meta_loss, parts = self._meta_loss(lifetimes, inner.agent(outer.obs), outer, records, advantages, weight)
         with torch.no_grad():
             alive = meta_loss.isfinite() & inner.theta.isfinite().all(1)
             for record in records:
@@ -101,19 +104,19 @@ class TruncatedMetaGradient:
     def _meta_loss(
         self,
         lifetimes: Lifetimes,
-        critic: OuterCritic,
         out: AgentOutput,
         outer: Trajectory,
         records: list[UpdateRecord],
+        advantages: list[Tensor],
         entropy_weight: float,
     ) -> tuple[Tensor, Metrics]:
         """[P] meta-loss, and its parts by name."""
         # The agents that came out of each update, and what each of them then experienced.
         after = [r.out.map(lambda x: x[:-1]) for r in records[1:]] + [out.map(lambda x: x[:-1])]
-        fresh = [r.trajectory for r in records[1:]] + [outer]
+        actions = [r.trajectory.action for r in records[1:]] + [outer.action]
         judged = slice(None) if self.config.outer_terms == "every" else slice(-1, None)
-        terms = zip(after[judged], fresh[judged], strict=True)
-        scores = [lifetime_mean(o.policy.log_prob(tr.action) * critic.advantage(tr)) for o, tr in terms]
+        terms = zip(after[judged], actions[judged], advantages[1:][judged], strict=True)
+        scores = [lifetime_mean(o.policy.log_prob(action) * advantage) for o, action, advantage in terms]
         policy = -torch.stack(scores).mean(0)
         entropy = torch.stack([lifetime_mean(o.policy.entropy()) for o in after]).mean(0)
         loss = policy - entropy_weight * entropy

@@ -18,8 +18,9 @@ d_t is 1 at either kind of episode end, as in the paper.
 
 Deviations: the core may be a GRU and gamma may be left out, as in groove (Jackson et al., 2023, arXiv:2310.02782); the
 observation carries no time. No official code was released; sizes 256 and m = 30 are those quoted for the paper, m = 8
-those of groove. What reaches the network from theta is constant of the inner gradient, and of the meta-gradient too
-unless `stop_inputs` is off.
+those of groove. What reaches the network from theta is a constant of the inner gradient. With `stop_inputs` it is one
+of the meta-gradient too, as in groove; a table's policy and prediction share nothing, so that tabular agents then
+never learn what to predict.
 """
 
 from __future__ import annotations
@@ -57,8 +58,9 @@ class LPGConfig:
     """whether the network reads the discount"""
     lifetime: bool = False
     """whether the network reads the share of the lifetime that is over and the lifetime's length (TA-LPG)"""
-    stop_inputs: bool = True
-    """treat what the network reads from the agent as constant of the meta-gradient"""
+    stop_inputs: bool = False
+    """treat what the network reads from the agent as constant of the meta-gradient too, as groove does; the policy of a
+    tabular agent then gives the prediction no meta-gradient at all"""
 
 
 class LPG(Objective):
@@ -133,7 +135,7 @@ class LPG(Objective):
             columns += [progress.expand_as(reward), horizon.log().expand_as(reward)]
         T, n = len(reward), reward[0].numel()
         inputs = torch.stack([column.reshape(T, n) for column in columns], 1)  # [T, I, n]: features before sequences
-        hidden = self.core(inputs, done.reshape(T, n), twice=not self.config.stop_inputs).relu()
+        hidden = self.core(inputs, done.reshape(T, n)).relu()
         pi_hat = features_first_linear(self.policy_head.weight, self.policy_head.bias, hidden)[:, 0].view(reward.shape)
         y_hat = (
             features_first_linear(self.prediction_head.weight, self.prediction_head.bias, hidden)

@@ -4,8 +4,8 @@ A core maps inputs `[T, I, n]` to hidden states `[T, H, n]`, from the last step 
 Where `reset[t]` is true the state that comes from step t + 1 is zeroed before step t is read, so that nothing flows
 across an episode's end. Features come before sequences, so that every gate is one contiguous block.
 
-In first-order use (the meta-gradient reaches the weights, nothing differentiates twice) the whole recursion is one
-autograd node with a hand-written derivative; otherwise it is composed of ordinary operations.
+The meta-gradient reaches the weights once and no inner gradient passes through a core, so the whole recursion is one
+autograd node with a hand-written derivative. With `twice=True` it is composed of ordinary operations instead.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -23,6 +24,7 @@ from experiments.recipes import get_recipe, recipes
 from experiments.runs import CHECKPOINT, CONFIG, METRICS, SCORES, read_metrics
 from experiments.train import Train
 from learned_rl import artifacts
+from learned_rl.lifetimes import Lifetimes
 from learned_rl.registry import components, families
 from meta_optimizers.trainer import MetaTrainer
 from objectives.lpg import LPG
@@ -149,6 +151,21 @@ def test_a_mistake_is_one_sentence(refused, file, tmp_path, words, said):
     assert [p.name for p in tmp_path.iterdir()] == [file.name], "a refused command leaves nothing behind"
 
 
+def test_a_terminal_of_plain_ascii_changes_no_sentence():
+    """tyro draws its boxes with other characters there."""
+    words = ["train", "CartPole-v1", "--steps", "many"]
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", "from experiments.cli import main; main()", *words],
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+            capture_output=True,
+            text=True,
+        ).stderr
+        for encoding in ("ascii", "utf-8")
+    }
+    assert len(said) == 1 and "expected --steps INT; see" in said.pop()
+
+
 def test_no_gpu_is_one_sentence(refused):
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device here")
@@ -217,7 +234,7 @@ def test_help_names_every_option(say, command, settings):
 
 def test_help_shows_the_defaults_that_suit_the_objective(say):
     def default(out):
-        return out.split("--config.n-envs INT")[1].split("default: ")[1].split(")")[0]
+        return out.split("copies of the environment in one lifetime (default: ")[1].split(")")[0]
 
     assert default(say("train", "CartPole-v1", "--help")[1]) == "8"
     assert default(say("train", "CartPole-v1", "--objective", "lpg", "--help")[1]) == "64"
@@ -335,21 +352,21 @@ def without_clock(folder: Path) -> list[dict[str, str]]:
     return [r for r in rows(folder / METRICS) if not r["tag"].startswith("time/")]
 
 
-@pytest.mark.parametrize("when", [1, 3])
-def test_an_interrupted_meta_training_goes_on_where_it_was(say, refused, tmp_path, monkeypatch, when):
+@pytest.mark.slow
+def test_an_interrupted_meta_training_goes_on_where_it_was(say, refused, tmp_path, monkeypatch):
     assert say(*TINY, "--out", "whole")[0] == 0
     step = MetaTrainer.step
 
     def interrupted(self):
-        if self.steps + 1 == when:
-            os.kill(os.getpid(), signal.SIGINT)  # in the middle of a step
+        if self.steps == 2:
+            os.kill(os.getpid(), signal.SIGINT)  # in the middle of the third step, after the checkpoint of the second
         return step(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(MetaTrainer, "step", interrupted)
         code, _, err = say(*TINY, "--out", "broken")
     assert code == 130 and "interrupted and saved" in err and "--out broken --resume" in err and "Traceback" not in err
-    assert {int(r["step"]) for r in rows(tmp_path / "broken" / METRICS)} == set(range(1, when + 1))
+    assert {int(r["step"]) for r in rows(tmp_path / "broken" / METRICS)} == {1, 2, 3}
     assert "already holds a run" in refused(*TINY, "--out", "broken")
     assert say(*TINY, "--out", "broken", "--resume")[0] == 0
     assert without_clock(tmp_path / "broken") == without_clock(tmp_path / "whole")
@@ -358,11 +375,11 @@ def test_an_interrupted_meta_training_goes_on_where_it_was(say, refused, tmp_pat
 
 
 def test_an_interrupted_training_goes_on_where_it_was(say, tmp_path, monkeypatch):
-    words = "train CartPole-v1 --steps 1000 --seeds 2 --checkpoints 2 --episodes 1 --config.n-steps 16".split()
-    words += ["--config.agent.hidden", "4"]
+    words = shlex.split(
+        "train control/cartpole --steps 1000 --seeds 2 --checkpoints 2 --episodes 1 --config.n-steps 16 "
+        "--config.agent.hidden 4"
+    )
     assert say(*words, "--out", "whole")[0] == 0
-    from learned_rl.lifetimes import Lifetimes
-
     advance, calls = Lifetimes.advance, []
 
     def interrupted(self, inner):

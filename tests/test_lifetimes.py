@@ -8,7 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from learned_rl.component import NoConfig, Reward
-from learned_rl.inner_loop import PlainInner
+from learned_rl.defaults import PPOClip
+from learned_rl.inner_loop import GraphInner, PlainInner
 from learned_rl.lifetimes import EpisodeTracker, Lifetimes, stream
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.tasks.bandits import BanditFamily
@@ -243,7 +244,7 @@ def estimate(trainer, break_it=None, monkeypatch=None):
             return dataclasses.replace(tr, reward=reward)
 
         monkeypatch.setattr(Lifetimes, "collect", broken)
-    return trainer.estimator(trainer.lifetimes, trainer.critic, trainer.eta)
+    return trainer.estimator(trainer.lifetimes, trainer.critic, trainer.eta, trainer.steps)
 
 
 @pytest.mark.parametrize("stop", [True, False])
@@ -263,7 +264,7 @@ def test_a_broken_lifetime_leaves_the_mean_of_the_others(where, stop, monkeypatc
             return torch.where(mask, loss, float("nan")), parts
 
         single.estimator._meta_loss = masked
-        alone.append(single.estimator(single.lifetimes, single.critic, single.eta).grads)
+        alone.append(single.estimator(single.lifetimes, single.critic, single.eta, single.steps).grads)
     result = estimate(healthy, where, monkeypatch)
     assert result.broken.tolist() == [False, True, False, False]
     for i, grad in enumerate(result.grads):
@@ -295,6 +296,39 @@ def test_a_broken_lifetime_is_counted_and_restarted(where, monkeypatch):
 def estimate_once(original, t, where, patch, args):
     t.estimator = original
     return estimate(t, where, patch)
+
+
+class ScaledPPO(PPOClip):
+    """An objective with a meta-parameter inside its loss, not in what it prepares."""
+
+    name = "scaled_ppo"
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def loss(self, out, batch, hyper):
+        loss, metrics = super().loss(out, batch, hyper)
+        return self.scale * loss, metrics
+
+
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (2, 1), (1, 3)])
+def test_a_broken_lifetime_stays_out_of_the_meta_gradient_of_a_loss(epochs, minibatches):
+    grads = []
+    for broken in (False, True):
+        config = dataclasses.replace(AGENT, n_steps=5, n_epochs=epochs, n_minibatches=minibatches, optimizer="sgd")
+        objective = ScaledPPO()
+        slots = Slots.fill(config, objective=objective)
+        agents = experience.population("mlp", value=True)
+        if broken:
+            agents.theta.data[1, 3] = float("nan")
+        inner = GraphInner(agents, slots.optimizer, {})
+        data = experience.trajectory(experience.SPACES["mlp"], 0)
+        generator = torch.Generator().manual_seed(0)
+        record = Algorithm(config, slots).update(inner, data, experience.context(), config.hyper, generator)
+        assert record.alive.tolist() == [True, not broken]
+        grads.append(torch.autograd.grad(inner.theta[0].square().sum(), objective.scale)[0])
+    assert torch.equal(*grads) and grads[0] != 0
 
 
 def test_when_every_lifetime_is_broken_the_step_is_skipped():

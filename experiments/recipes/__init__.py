@@ -37,8 +37,8 @@ class Recipe:
     """stop after this much wall time, even if meta-steps are left; a run that resumes counts all of its time"""
     validate_every: int = 100
     """meta-steps between validations; the best component by validation is the one that is saved"""
-    validation_tasks: int = 32
-    """tasks of the validation side on which fresh agents live at each validation"""
+    validation_tasks: int = 64
+    """tasks of the validation side on which one fresh agent each lives at each validation"""
     checkpoint_every: int = 50
     """meta-steps between checkpoints"""
 

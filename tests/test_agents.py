@@ -271,3 +271,15 @@ def test_automatic_choice_of_the_architecture():
 def test_spaces_that_do_not_fit_are_refused(config, observations, actions, message):
     with pytest.raises(UserError, match=message):
         make_agent(config, observations, actions)
+
+
+def test_the_fast_tanh_of_large_batches_is_tanh():
+    from learned_rl.agents import LARGE, tanh
+
+    x = torch.linspace(-9, 9, LARGE, requires_grad=True)
+    (fast,) = torch.autograd.grad(tanh(x).sum(), x, create_graph=True)
+    (slow,) = torch.autograd.grad(torch.tanh(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(tanh(x), torch.tanh(x), rtol=0, atol=3e-7)
+    torch.testing.assert_close(fast, slow, rtol=0, atol=6e-7)  # 1 - y^2: twice the error of y
+    twice = [torch.autograd.grad(g.sum(), x)[0] for g in (fast, slow)]
+    torch.testing.assert_close(*twice, rtol=0, atol=2e-6)  # -2 y (1 - y^2)

@@ -17,7 +17,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def _views(net, of):
-    """name in the reference -> the part of our tensors with the same role (`of` a parameter: its value, or gradient)."""
+    """name in the reference -> the part of our tensors with its role (`of` a parameter: its value, or gradient)."""
     core, cell = net.core, "LPGGRU_0/GRUCell_0/"
     views = {f"{cell}hn/bias": of(core.bias_n)}
     for i, gate in enumerate("rzn"):

@@ -175,7 +175,7 @@ class TaskVectorEnv(VectorEnv):
     # --- beyond gymnasium --------------------------------------------------------------------------------------
 
     def set_tasks(self, lifetimes: Tensor, tasks: Tasks) -> Tensor:
-        """Give the lifetimes `[k]` new tasks (leading axis `k`), begin fresh episodes there; returns all observations."""
+        """Give the lifetimes `[k]` new tasks (leading axis `k`), begin fresh episodes there; all observations."""
         lifetimes = lifetimes.to(self.device)
         mask = torch.zeros(self.lifetimes, dtype=torch.bool, device=self.device)
         mask[lifetimes] = True

@@ -1,7 +1,7 @@
 """`learned-rl evaluate FILE --family NAME`: a learned objective beside hand-made ones, on tasks nobody trained on.
 
-Every method gets agents of the same architecture, the same environment steps in each lifetime, and, unless it is the
-learned one on the family it was trained on, the same number of tuning trials on validation tasks.
+Every method gets agents of the same architecture, the same environment steps in each lifetime, and the same number of
+tuning trials on validation tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from learned_rl.tasks.base import TaskFamily, unknown
 from learned_rl.types import UserError, at_least
 from objectives.dpo import DPO
 
-BASELINES = ("a2c", "ppo", "dpo", "untrained")
+BASELINES = ("a2c", "a2c-norm", "ppo", "dpo", "untrained")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Evaluate:
     family: str | None = None
     """task family as `name/preset`, or a gymnasium id; default: the one the file was trained on"""
     baselines: str = "a2c,ppo,untrained"
-    """comma-separated: a2c, ppo, dpo, untrained"""
+    """comma-separated: a2c, a2c-norm (a2c with normalised advantages), ppo, dpo, untrained"""
     tasks: int = 64
     """held-out tasks"""
     seeds: int = 4
@@ -48,6 +48,8 @@ class Evaluate:
     steps"""
     trials: int = 48
     """Optuna trials for each method that is tuned; 0: default settings"""
+    tune_learned: bool = True
+    """whether the learned method has as many trials as the others, for its agents' step size and prediction weight"""
     tuning_tasks: int = 32
     """validation tasks on which trials are scored"""
     checkpoints: int = 10
@@ -103,7 +105,6 @@ def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
     updates = args.updates or _default_updates(provenance, config)
     budget = updates * config.n_envs * config.n_steps
     optimizer = "sgd" if tabular else "adam"
-    at_home = trained and args.family in (None, provenance.get("family"))
     a2c = PPOConfig.a2c(n_envs=config.n_envs, n_steps=config.n_steps, optimizer=optimizer)
     ppo = PPOConfig(n_envs=config.n_envs, n_steps=config.n_steps, hyper=Hyper(learning_rate=0.05 if tabular else 3e-4))
     a2c = dataclasses.replace(a2c, hyper=a2c.hyper.replace(learning_rate=80.0)) if tabular else a2c
@@ -111,11 +112,12 @@ def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
     assert isinstance(untrained, Objective)
     known = {
         "a2c": (a2c, None),
+        "a2c-norm": (dataclasses.replace(a2c, normalize_advantage=True), None),
         "ppo": (ppo, None),
         "dpo": (ppo, DPO()),
         "untrained": (config, untrained),
     }
-    chosen = [Method(learned.name, config, learned, updates, not at_home)]
+    chosen = [Method(learned.name, config, learned, updates, args.tune_learned)]
     for name in filter(None, args.baselines.split(",")):
         if name not in known:
             raise unknown("baseline", name, known)

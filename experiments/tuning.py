@@ -45,6 +45,16 @@ def _suggest(trial: optuna.Trial, algorithm: Algorithm, tabular: bool) -> dict[s
     return hyper
 
 
+def _configured(algorithm: Algorithm) -> dict[str, float]:
+    """The configured numbers as a point of the search space: the first trial of every study."""
+    now = {k: float(v) for k, v in vars(algorithm.config.hyper).items() if v is not None}
+    point = {"learning_rate": now["learning_rate"]}
+    if not algorithm.slots.objective.needs_value:
+        return point | {"aux_coef": now["aux_coef"]}
+    point |= {"ent_coef": max(now["ent_coef"], 1e-4), "one_minus_lambda": max(1 - now["gae_lambda"], 0.01)}
+    return point | {"vf_coef": now["vf_coef"], "max_grad_norm": 0.5 if now["max_grad_norm"] <= 0.5 else 1e9}
+
+
 def tune(
     family: TaskFamily,
     algorithm: Algorithm,
@@ -58,6 +68,8 @@ def tune(
 ) -> Tuned:
     """Search for the numbers with the best interquartile mean of end-of-life scores on validation tasks.
 
+    The configured numbers are the first trial. Numbers outside the search space keep their configured values.
+
     Args:
         horizon: agent updates in a lifetime.
         score:   turns final returns [tasks, n] on the validation tasks into scores of the same shape.
@@ -67,6 +79,7 @@ def tune(
     sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     tabular = family.observation_space.shape == ()
+    study.enqueue_trial(_configured(algorithm))
     for done in range(0, trials, BATCH):
         batch = [study.ask() for _ in range(min(BATCH, trials - done))]
         points = [_suggest(trial, algorithm, tabular) for trial in batch]

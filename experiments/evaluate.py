@@ -85,14 +85,6 @@ class Method:
         return Algorithm(config, Slots.fill(config, objective=self.objective))
 
 
-def trained_agent(header: dict[str, Any]) -> PPOConfig:
-    """The agents' settings that a component was meta-trained with, from its file's header."""
-    values = dict(header["provenance"]["agent"])
-    numbers = {k: float(v) if v is not None else None for k, v in values.pop("hyper").items()}
-    values.pop("agent")
-    return PPOConfig(**values, hyper=Hyper().replace(**numbers))
-
-
 def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
     header = artifacts.read_header(path)
     learned = artifacts.load(path)
@@ -100,8 +92,7 @@ def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
         raise UserError(f"{path} holds a component of the slot {learned.slot!r}: evaluate expects an objective.")
     provenance = header["provenance"]
     tabular = isinstance(family.observation_space, Discrete)
-    trained = "agent" in provenance and tabular
-    config = trained_agent(header) if trained else PPOConfig.suited(learned, family.observation_space)
+    config = PPOConfig.suited(learned, family.observation_space)
     updates = args.updates or _default_updates(provenance, config)
     budget = updates * config.n_envs * config.n_steps
     optimizer = "sgd" if tabular else "adam"

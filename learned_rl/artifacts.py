@@ -86,6 +86,7 @@ def load(path: Path | str) -> Component:
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise UserError(f"{path} holds settings of which no component {name!r} can be built.") from error
     _fit(path, component, tensors)
+    component.provenance = header["provenance"]
     return component
 
 

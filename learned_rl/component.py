@@ -120,6 +120,8 @@ class Component(nn.Module):
     def __init__(self, config: Any = None) -> None:
         super().__init__()
         self.config = self.Config() if config is None else config
+        #: what its file says about its training (`learned_rl.artifacts`); empty for a fresh component
+        self.provenance: dict[str, Any] = {}
 
     def initial_memory(self, lifetimes: int) -> Tree:
         """What a fresh lifetime carries: name -> [P, ...]; restarts with it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import gymnasium
 import torch
@@ -80,9 +80,22 @@ class PPOConfig:
 
     @classmethod
     def suited(cls, objective: Objective | None, observation_space: gymnasium.Space) -> Self:
-        """The defaults, with whatever the objective asks for."""
+        """The settings with which the objective was meta-trained, or else the defaults with what it asks for.
+
+        Meta-training's settings hold for tables only: step sizes of tables and networks are worlds apart.
+        """
         tabular = isinstance(observation_space, gymnasium.spaces.Discrete)
-        return cls(**objective.settings(tabular)) if objective is not None else cls()
+        if objective is None:
+            return cls()
+        trained = objective.provenance.get("agent")
+        return cls.from_plain(trained) if tabular and trained else cls(**objective.settings(tabular))
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Self:
+        """From nested plain values, as a component file or a run folder holds them (infinity as "inf")."""
+        numbers = {k: None if v is None else float(v) for k, v in values["hyper"].items()}
+        agent = values["agent"] | {"hidden": tuple(values["agent"]["hidden"])}
+        return cls(**values | {"hyper": Hyper().replace(**numbers), "agent": AgentConfig(**agent)})
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,7 @@ def _suggest(trial: optuna.Trial, algorithm: Algorithm, tabular: bool) -> dict[s
     if not algorithm.slots.objective.needs_value:
         return hyper | {"aux_coef": trial.suggest_float("aux_coef", 0.05, 2.0, log=True)}
     hyper["ent_coef"] = trial.suggest_float("ent_coef", 1e-4, 0.1, log=True)
-    hyper["gae_lambda"] = 1 - trial.suggest_float("one_minus_lambda", 0.01, 1.0, log=True)
-    hyper["vf_coef"] = trial.suggest_float("vf_coef", 0.05, 1.0, log=True)
-    hyper["max_grad_norm"] = trial.suggest_categorical("max_grad_norm", [0.5, 1e9])
-    return hyper
+    return hyper | {"gae_lambda": 1 - trial.suggest_float("one_minus_lambda", 0.01, 1.0, log=True)}
 
 
 def _configured(algorithm: Algorithm) -> dict[str, float]:
@@ -51,8 +48,7 @@ def _configured(algorithm: Algorithm) -> dict[str, float]:
     point = {"learning_rate": now["learning_rate"]}
     if not algorithm.slots.objective.needs_value:
         return point | {"aux_coef": now["aux_coef"]}
-    point |= {"ent_coef": max(now["ent_coef"], 1e-4), "one_minus_lambda": max(1 - now["gae_lambda"], 0.01)}
-    return point | {"vf_coef": now["vf_coef"], "max_grad_norm": 0.5 if now["max_grad_norm"] <= 0.5 else 1e9}
+    return point | {"ent_coef": max(now["ent_coef"], 1e-4), "one_minus_lambda": max(1 - now["gae_lambda"], 0.01)}
 
 
 def tune(

@@ -36,12 +36,14 @@ from torch import Tensor, nn
 
 from learned_rl.agents import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
+from learned_rl.defaults import normalise
 from learned_rl.distributions import softmax
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree
 from objectives.recurrence import CORES, features_first_linear
 
 EPS = 1e-8  # inside every logarithm of a probability
+TINY = 1e-6  # unit of reward until the first one is seen
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class LPGConfig:
     """whether the network reads the discount"""
     lifetime: bool = False
     """whether the network reads the share of the lifetime that is over and the lifetime's length (TA-LPG)"""
+    scale_free: bool = False
+    """read rewards in units of the largest seen so far in the lifetime, instead of as they are"""
+    standardize: bool = False
+    """give pi_hat mean 0 and standard deviation 1 in each rollout of a lifetime, as PPO does with advantages"""
     stop_inputs: bool = False
     """treat what the network reads from the agent as constant of the meta-gradient too, as groove does; the policy of a
     tabular agent then gives the prediction no meta-gradient at all"""
@@ -102,10 +108,20 @@ class LPG(Objective):
     ) -> tuple[Batch, Tree]:
         if self.config.stop_inputs:
             out = out.detach()  # stop: what the network reads is constant (section 3 of the paper)
+        memory: Tree = {}
+        if self.config.scale_free:
+            largest = torch.maximum(context.memory["largest_reward"], trajectory.reward.abs().amax((0, 2))[:, None])
+            memory = {"largest_reward": largest}
+            trajectory = dataclasses.replace(trajectory, reward=trajectory.reward / largest.clamp(min=TINY))
         pi = out.policy.map(lambda x: x[:-1]).log_prob(trajectory.action).exp() + EPS
         embedded = self.phi(softmax(out.heads["prediction"])).squeeze(-1)
         pi_hat, y_hat = self.targets(trajectory, pi, embedded[:-1], embedded[1:], hyper, context)
-        return {"pi_hat": pi_hat, "y_hat": y_hat}, {}
+        if self.config.standardize:
+            pi_hat = normalise(pi_hat)
+        return {"pi_hat": pi_hat, "y_hat": y_hat}, memory
+
+    def initial_memory(self, lifetimes: int) -> Tree:
+        return {"largest_reward": torch.zeros(lifetimes, 1)} if self.config.scale_free else {}
 
     def targets(
         self,

@@ -42,7 +42,7 @@ def rows(path: Path) -> list[list[str]]:
 
 def steps(folder: Path) -> int:
     """The last step that was logged."""
-    return int(([["0"]] + rows(folder / METRICS)[1:])[-1][0])
+    return int([["0"], *rows(folder / METRICS)[1:]][-1][0])
 
 
 def killed(words: list[str], folder: Path, moment: random.Random, last: int) -> int:
@@ -53,11 +53,11 @@ def killed(words: list[str], folder: Path, moment: random.Random, last: int) -> 
     try:
         while not (folder / CHECKPOINT).exists():
             assert process.poll() is None, "the run ended before its first checkpoint"
-            time.sleep(0.001)
+            time.sleep(0.01)
         target = moment.randint(steps(folder), last)
         while steps(folder) < target:
             assert process.poll() is None, f"the run ended before step {target}"
-            time.sleep(0.001)
+            time.sleep(0.01)
         time.sleep(moment.random() * 0.03)
     finally:
         process.kill()

@@ -18,9 +18,9 @@ d_t is 1 at either kind of episode end, as in the paper.
 
 Deviations: the core may be a GRU and gamma may be left out, as in groove (Jackson et al., 2023, arXiv:2310.02782); the
 observation carries no time. No official code was released; sizes 256 and m = 30 are those quoted for the paper, m = 8
-those of groove. What reaches the network from theta is a constant of the inner gradient. With `stop_inputs` it is one
-of the meta-gradient too, as in groove; a table's policy and prediction share nothing, so that tabular agents then
-never learn what to predict.
+those of groove. `scale_free` and `standardize` are ours, for families whose rewards differ in scale. What reaches the
+network from theta is a constant of the inner gradient. With `stop_inputs` it is one of the meta-gradient too, as in
+groove; a table's policy and prediction share nothing, so that tabular agents then never learn what to predict.
 """
 
 from __future__ import annotations

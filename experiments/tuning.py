@@ -36,18 +36,20 @@ def _suggest(trial: optuna.Trial, algorithm: Algorithm, tabular: bool) -> dict[s
     sgd = algorithm.config.optimizer == "sgd"
     rates = (5.0, 1000.0) if tabular and sgd else (1e-3, 1.0) if tabular else (1e-4, 3e-2)
     hyper = {"learning_rate": trial.suggest_float("learning_rate", *rates, log=True)}
+    hyper["max_grad_norm"] = trial.suggest_float("max_grad_norm", 0.01, 10.0, log=True)
     if not algorithm.slots.objective.needs_value:
-        return hyper | {"aux_coef": trial.suggest_float("aux_coef", 0.05, 2.0, log=True)}
+        return hyper | {"prediction_coef": trial.suggest_float("prediction_coef", 0.05, 2.0, log=True)}
     hyper["ent_coef"] = trial.suggest_float("ent_coef", 1e-4, 0.1, log=True)
-    return hyper | {"gae_lambda": 1 - trial.suggest_float("one_minus_lambda", 0.01, 1.0, log=True)}
+    hyper["gae_lambda"] = 1 - trial.suggest_float("one_minus_lambda", 0.01, 1.0, log=True)
+    return hyper
 
 
 def _configured(algorithm: Algorithm) -> dict[str, float]:
     """The configured numbers as a point of the search space: the first trial of every study."""
     now = {k: float(v) for k, v in vars(algorithm.config.hyper).items() if v is not None}
-    point = {"learning_rate": now["learning_rate"]}
+    point = {"learning_rate": now["learning_rate"], "max_grad_norm": min(max(now["max_grad_norm"], 0.01), 10.0)}
     if not algorithm.slots.objective.needs_value:
-        return point | {"aux_coef": now["aux_coef"]}
+        return point | {"prediction_coef": now["prediction_coef"]}
     return point | {"ent_coef": max(now["ent_coef"], 1e-4), "one_minus_lambda": max(1 - now["gae_lambda"], 0.01)}
 
 
@@ -60,6 +62,7 @@ def tune(
     trials: int,
     tasks: int = 32,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Tuned:
     """Search for the numbers with the best interquartile mean of end-of-life scores on validation tasks.
@@ -83,7 +86,7 @@ def tune(
         hyper = algorithm.config.hyper.replace(**rows)
         curves: Curves = learning_curves(
             family, algorithm, horizon, tasks=tasks, seeds=len(batch), split="validation", seed=seed, checkpoints=1,
-            hyper=hyper, episodes=8,
+            hyper=hyper, device=device, episodes=8,
         )  # fmt: skip
         final = score(curves.final)
         for i, (trial, point) in enumerate(zip(batch, points, strict=True)):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from learned_rl.agents import AgentOutput
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import Tree, UserError
+from learned_rl.types import Tree, UserError, at_least
 
 SLOTS = ("objective", "reward", "hyperparameters", "auxiliary", "optimizer")
 
@@ -57,10 +57,20 @@ class Hyper:
     """weight of the policy's entropy (nats) in the loss"""
     vf_coef: Scalar = field(default=0.5, metadata=LEARNABLE)
     """weight of the value loss"""
+    prediction_coef: Scalar = field(default=0.5, metadata=LEARNABLE)
+    """weight of an objective's own prediction loss (LPG's alpha_y)"""
     aux_coef: Scalar = field(default=1.0, metadata=LEARNABLE)
-    """weight of an objective's own prediction loss (LPG's alpha_y) and of the auxiliary loss"""
+    """weight of the auxiliary slot's loss"""
     max_grad_norm: Scalar = field(default=0.5, metadata=LEARNABLE)
     """bound on the norm of one agent's gradient; inf: none"""
+
+    def __post_init__(self) -> None:
+        names = ("learning_rate", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "max_grad_norm")
+        numbers = {k: v for k in names if isinstance(v := getattr(self, k), float | int)}
+        at_least(0, **numbers)
+        for name in ("gamma", "gae_lambda"):
+            if numbers.get(name, 0) > 1:
+                raise UserError(f"{name} is {numbers[name]}: expected at most 1.")
 
     def replace(self, **changes: Scalar | None) -> Hyper:
         """The same numbers but for some."""
@@ -83,8 +93,8 @@ class Context:
 
     @property
     def progress(self) -> Tensor:
-        """[P] share of the lifetime that is over, from 0 to 1."""
-        return self.age / self.horizon
+        """[P] share of the lifetime that is over, from 0 to 1 (and 1 where it outlasts its horizon)."""
+        return (self.age / self.horizon).clamp(max=1.0)
 
 
 class Component(nn.Module):
@@ -150,6 +160,8 @@ class Objective(Component):
 
     slot = "objective"
     needs_value: ClassVar[bool] = True
+    #: names of the terms that `meta_regularisers` returns
+    regularisers: ClassVar[tuple[str, ...]] = ()
     #: whether the outer gradient passes through what `prepare` reads from `out` (else `prepare` detaches it)
     differentiates_inputs: bool = False
 

@@ -21,7 +21,7 @@ from learned_rl.component import Hyper
 from learned_rl.lifetimes import Lifetimes, rollout
 from learned_rl.ppo import Algorithm
 from learned_rl.tasks.base import Split, TaskFamily
-from learned_rl.types import Tasks
+from learned_rl.types import Tasks, stream_seed
 
 Array = np.ndarray
 CHUNK = 50  # environment steps between looks at whether every copy has finished its episode
@@ -42,10 +42,11 @@ def episode_returns(
         policy: outputs [P, B, ...] from observations [P, B, ...].
         tasks:  of the P lifetimes.
     """
-    env = family.make(tasks, episodes, seed, device)
+    env_seed = stream_seed("evaluation environment", seed) % 2**31
+    env = family.make(tasks, episodes, env_seed, device)
     P = len(next(iter(tasks.values())))
-    obs = env.reset(seed=seed)[0].unflatten(0, (P, episodes))
-    generator = torch.Generator(device).manual_seed(seed)
+    obs = env.reset(seed=env_seed)[0].unflatten(0, (P, episodes))
+    generator = torch.Generator(device).manual_seed(stream_seed("evaluation policy", seed))
     total = torch.zeros(P, episodes, device=device)
     over = torch.zeros(P, episodes, dtype=torch.bool, device=device)
     for begin in range(0, family.max_episode_steps, CHUNK):

@@ -7,7 +7,6 @@ another draws. `state_dict` holds everything that the next update depends on.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,13 +21,7 @@ from learned_rl.inner_loop import GraphInner, Inner, PlainInner
 from learned_rl.ppo import Algorithm, UpdateRecord
 from learned_rl.tasks.base import LifetimeEnv, Split, TaskFamily
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import Tasks, Tree
-
-
-def stream(*names: object) -> torch.Generator:
-    """A generator of its own for whatever the names identify."""
-    digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+from learned_rl.types import Tasks, Tree, UserError, stream, stream_seed
 
 
 @torch.no_grad()
@@ -149,6 +142,10 @@ class Lifetimes:
         self.family, self.algorithm, self.seed, self.split = family, algorithm, seed, split
         self.hyper = hyper or algorithm.config.hyper
         self.device, self.dtype = torch.device(device), dtype
+        for _, component in algorithm.slots.items():
+            component.to(self.device)
+        if tasks is not None and (given := len(next(iter(tasks.values())))) != lifetimes:
+            raise UserError(f"{given} tasks were given for {lifetimes} lifetimes: expected one for each.")
         self.fixed_tasks = tasks is not None
         agent = algorithm.make_agent(family.observation_space, family.action_space)
         self.population = Population(agent, lifetimes, dtype).to(device)
@@ -158,10 +155,11 @@ class Lifetimes:
         self.horizon = torch.zeros(lifetimes, device=device)
         self.horizon_range = horizon if isinstance(horizon, tuple) else (horizon, horizon)
         self.life = torch.zeros(lifetimes, dtype=torch.int64)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(stream_seed("policy", split, seed))
         tasks = tasks if tasks is not None else self._draw_tasks(range(lifetimes))
-        self.env = family.make(tasks, algorithm.config.n_envs, seed, device)
-        self.obs = self._shaped(self.env.reset(seed=seed)[0])
+        env_seed = stream_seed("environment", split, seed) % 2**31
+        self.env = family.make(tasks, algorithm.config.n_envs, env_seed, device)
+        self.obs = self._shaped(self.env.reset(seed=env_seed)[0])
         self.episodes = EpisodeTracker(lifetimes, algorithm.config.n_envs, device, dtype)
         for p in range(lifetimes):
             self._fresh_agent(p)
@@ -241,9 +239,9 @@ class Lifetimes:
     @torch.no_grad()
     def _fresh_agent(self, p: int) -> None:
         low, high = (math.log(h) for h in self.horizon_range)
-        uniform = torch.rand((), generator=stream("horizon", self.seed, p, int(self.life[p]))).item()
+        uniform = torch.rand((), generator=stream("horizon", self.split, self.seed, p, int(self.life[p]))).item()
         self.horizon[p] = round(math.exp(low + (high - low) * uniform))
-        row = self.population.initial(stream("agent", self.seed, p, int(self.life[p])))
+        row = self.population.initial(stream("agent", self.split, self.seed, p, int(self.life[p])))
         self.population.theta[p] = row.to(self.device)
         fresh = self.algorithm.slots.optimizer.initial_state(self.population.theta[p : p + 1])
         for name, value in fresh.items():
@@ -285,7 +283,10 @@ class Lifetimes:
         self.generator.set_state(state["generator"])
         self.hyper = self.hyper.replace(**under("hyper", state))
         self.optimizer_state, self.memory = under("optimizer", state), under("memory", state)
-        self.env.load_state_dict(under("env", state))
+        begun_anew = self.env.load_state_dict(under("env", state))
+        if begun_anew is not None:
+            self.obs = self._shaped(begun_anew)
+            self.episodes.running.zero_()
 
 
 def under(prefix: str, tree: Tree) -> Tree:

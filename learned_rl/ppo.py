@@ -7,7 +7,7 @@ inner loop is, in place or differentiable, the update does not know.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -33,7 +33,7 @@ from learned_rl.defaults import Constants, ConstantsConfig, EnvironmentReward, N
 from learned_rl.inner_loop import Inner
 from learned_rl.trajectory import Trajectory, flatten_time
 from learned_rl.types import Tree, UserError, at_least
-from learned_rl.update_rules import RULES, Adam, AdamConfig
+from learned_rl.update_rules import RULES
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,21 @@ class PPOConfig:
         """
         tabular = isinstance(observation_space, gymnasium.spaces.Discrete)
         if objective is None:
-            return cls()
+            return cls(hyper=Hyper(learning_rate=0.05)) if tabular else cls()
         trained = objective.provenance.get("agent")
-        return cls.from_plain(trained) if tabular and trained else cls(**objective.settings(tabular))
+        if trained and tabular and objective.provenance.get("tabular", True):
+            return cls.from_plain(trained)
+        return cls(**objective.settings(tabular))
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
         """From nested plain values, as a component file or a run folder holds them (infinity as "inf")."""
-        numbers = {k: None if v is None else float(v) for k, v in values["hyper"].items()}
-        agent = values["agent"] | {"hidden": tuple(values["agent"]["hidden"])}
-        return cls(**values | {"hyper": Hyper().replace(**numbers), "agent": AgentConfig(**agent)})
+        try:
+            numbers = {k: None if v is None else float(v) for k, v in values["hyper"].items()}
+            agent = values["agent"] | {"hidden": tuple(values["agent"]["hidden"])}
+            return cls(**values | {"hyper": Hyper().replace(**numbers), "agent": AgentConfig(**agent)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"The agent settings kept with the component do not fit this version: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Slots:
         for slot, component in plugged.items():
             if component is not None and component.slot != slot:
                 raise UserError(f"Component {component.name!r} fits the slot {component.slot!r}, not {slot!r}.")
-        rule = Adam(AdamConfig(eps=1e-5)) if config.optimizer == "adam" else RULES[config.optimizer]()
+        rule = RULES[config.optimizer]()
         defaults: dict[str, Component] = {
             "objective": PPOClip(PPOClipConfig(config.normalize_advantage)),
             "reward": EnvironmentReward(),
@@ -154,11 +159,19 @@ class UpdateRecord:
     metrics: Metrics
 
 
-class Algorithm:
-    """PPO as a function: one update of P agents from one trajectory."""
+#: Makes an architecture from observation space, action space, extra heads and whether a value is needed.
+AgentFactory = Callable[[gymnasium.Space, gymnasium.Space, dict[str, int], bool], Agent]
 
-    def __init__(self, config: PPOConfig, slots: Slots) -> None:
-        self.config, self.slots = config, slots
+
+class Algorithm:
+    """PPO as a function: one update of P agents from one trajectory.
+
+    Args:
+        agent: makes the agents' architecture (see `ModuleAgent` for any `nn.Module`); None: as configured.
+    """
+
+    def __init__(self, config: PPOConfig, slots: Slots, agent: AgentFactory | None = None) -> None:
+        self.config, self.slots, self.agent_factory = config, slots, agent
 
     def make_agent(self, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Agent:
         """The agent that the configuration names, with the heads that the components need."""
@@ -167,7 +180,10 @@ class Algorithm:
             for name, size in component.heads(action_space).items():
                 if heads.setdefault(name, size) != size:
                     raise UserError(f"Head {name!r} of the {slot} slot has {size} outputs elsewhere {heads[name]}.")
-        return make_agent(self.config.agent, observation_space, action_space, heads, self.slots.objective.needs_value)
+        value = self.slots.objective.needs_value
+        if self.agent_factory is not None:
+            return self.agent_factory(observation_space, action_space, heads, value)
+        return make_agent(self.config.agent, observation_space, action_space, heads, value)
 
     def initial_memory(self, lifetimes: int) -> Tree:
         """What P fresh lifetimes carry: "slot/name" -> [P, ...]."""
@@ -187,15 +203,17 @@ class Algorithm:
         """
         c, slots = self.config, self.slots
         collected = trajectory
-        trajectory, hyper, memory, alive = self._ask(inner, collected, context, hyper)
+        with torch.set_grad_enabled(inner.graph):
+            trajectory, hyper, memory, alive = self._ask(inner, collected, context, hyper)
         whole, healthy = c.n_minibatches == 1, bool(alive.all())
         with torch.set_grad_enabled(whole or inner.graph):
             out = _revive(inner.agent(trajectory.obs), alive, 1)
         next_value = self._next_value(inner, trajectory, out, alive) if slots.objective.needs_value else None
         own, linked = _of("objective", context), inner.graph and slots.objective.differentiates_inputs
-        seen = out if inner.graph else out.detach()  # stop: targets are constants of the inner gradient
-        batch, memory["objective"] = slots.objective.prepare(trajectory, seen, next_value, hyper, own)
-        batch = batch | slots.auxiliary.prepare(trajectory, seen, context)
+        seen = out if linked else out.detach()  # stop: targets are constants of the inner gradient
+        with torch.set_grad_enabled(inner.graph):
+            batch, memory["objective"] = slots.objective.prepare(trajectory, seen, next_value, hyper, own)
+            batch = batch | slots.auxiliary.prepare(trajectory, seen, context)
         if linked:
             inner.branch()
         batch = {k: shield(v, 1) for k, v in batch.items()}

@@ -13,8 +13,8 @@ from torch import Tensor
 from learned_rl import artifacts
 from learned_rl.component import Component, Objective
 from learned_rl.evaluation import episode_returns
-from learned_rl.lifetimes import Lifetimes, under
-from learned_rl.ppo import Algorithm, PPOConfig, Slots
+from learned_rl.lifetimes import Episodes, Lifetimes, under
+from learned_rl.ppo import AgentFactory, Algorithm, PPOConfig, Slots
 from learned_rl.registry import make_family
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.types import Tasks, Tree, at_least
@@ -23,7 +23,7 @@ Plug = Component | str | Path | None
 #: Called after every update with the environment steps of one seed so far and what to log.
 Log = Callable[[int, dict[str, float]], None]
 
-WINDOW = 100  # episodes over which the logged return is averaged, for each seed, as Stable-Baselines3 does
+WINDOW = 100  # episodes over which the logged return is averaged for each seed, as Stable-Baselines3 does
 
 
 class PPO:
@@ -34,6 +34,7 @@ class PPO:
         config: settings; None takes what suits the objective.
         objective, reward, hyperparameters, auxiliary, optimizer: a component, a registered name, or a component file;
                 None is the hand-made default of the slot.
+        agent:  makes another architecture than the configured one, such as `ModuleAgent` around any `nn.Module`.
         seeds:  agents that learn side by side, each on a task of its own from the family's training side.
         seed:   of the first one.
         tasks:  the agents' tasks, instead of drawn ones.
@@ -52,6 +53,7 @@ class PPO:
         hyperparameters: Plug = None,
         auxiliary: Plug = None,
         optimizer: Plug = None,
+        agent: AgentFactory | None = None,
         seeds: int = 1,
         seed: int = 0,
         tasks: Tasks | None = None,
@@ -70,12 +72,10 @@ class PPO:
         suited = learned if isinstance(learned, Objective) else None
         self.config = config or PPOConfig.suited(suited, self.family.observation_space)
         slots = Slots.fill(self.config, **plugged)
-        for _, component in slots.items():
-            component.to(device).requires_grad_(False)
-        self.algorithm = Algorithm(self.config, slots)
+        self.algorithm = Algorithm(self.config, slots, agent)
         self.lifetimes = Lifetimes(self.family, self.algorithm, seeds, 1, seed, tasks=tasks, device=device)
         self.steps = 0
-        self._returns = [deque[float](maxlen=WINDOW) for _ in range(seeds)]
+        self._recent = [deque[tuple[float, float, float]]() for _ in range(seeds)]  # episodes, returns, lengths
 
     def learn(self, total_steps: int, log: Log | None = None, schedule: int | None = None) -> PPO:
         """Train every seed until it has taken `total_steps` environment steps in all, as whole updates.
@@ -90,23 +90,29 @@ class PPO:
         while self.steps < total_steps:
             record, ended = self.lifetimes.advance(inner)
             self.steps += per_update
+            self._remember(ended)
             if log is not None:
-                self._remember(ended.returns / ended.count)
                 metrics = {k: v.nanmean().item() for k, v in record.metrics.items()}
-                metrics["return"] = self.mean_return()
+                metrics["return"], metrics["length"] = self.recent_episodes()
                 metrics["broken"] = float((~record.alive).sum())
                 log(self.steps, metrics)
         return self
 
-    def _remember(self, means: Tensor) -> None:
-        for kept, value in zip(self._returns, means.tolist(), strict=True):
-            if not math.isnan(value):
-                kept.append(value)
+    def _remember(self, ended: Episodes) -> None:
+        """Keep, for each seed, the latest rollouts that hold its last `WINDOW` episodes."""
+        rows = torch.stack([ended.count.to(ended.returns), ended.returns, ended.lengths], 1).tolist()
+        for kept, (count, returns, lengths) in zip(self._recent, rows, strict=True):
+            if count:
+                kept.append((count, returns, lengths))
+            while len(kept) > 1 and sum(row[0] for row in kept) - kept[0][0] >= WINDOW:
+                kept.popleft()
 
-    def mean_return(self) -> float:
-        """Mean over seeds of the mean return of recent training episodes; not a number before the first one."""
-        means = [sum(kept) / len(kept) for kept in self._returns if kept]
-        return sum(means) / len(means) if means else float("nan")
+    def recent_episodes(self) -> tuple[float, float]:
+        """Mean return and mean length of recent training episodes, averaged over seeds; NaN before the first one."""
+        totals = [[sum(column) for column in zip(*kept, strict=True)] for kept in self._recent if kept]
+        if not totals:
+            return math.nan, math.nan
+        return sum(t[1] / t[0] for t in totals) / len(totals), sum(t[2] / t[0] for t in totals) / len(totals)
 
     def evaluate(self, episodes: int = 20, greedy: bool = False, seed: int = 10_000) -> Tensor:
         """[seeds] mean undiscounted return of fresh episodes at the present policies."""

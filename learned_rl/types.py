@@ -18,6 +18,9 @@ Units: counts of experience are *environment steps*, summed over copies; entropi
 
 from __future__ import annotations
 
+import hashlib
+
+import torch
 from torch import Tensor
 
 #: A batch of `n` tasks: every tensor has the leading axis `n`.
@@ -40,3 +43,13 @@ def at_least(minimum: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not value >= minimum:
             raise UserError(f"{name} is {value}: expected at least {minimum}.")
+
+
+def stream_seed(*names: object) -> int:
+    """A seed of its own for whatever the names identify; other names, unrelated seeds."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:7], "little")
+
+
+def stream(*names: object) -> torch.Generator:
+    """A CPU generator of its own for whatever the names identify."""
+    return torch.Generator().manual_seed(stream_seed(*names))

@@ -94,8 +94,8 @@ class AdamConfig:
     """decay of the first moment per update"""
     beta2: float = 0.999
     """decay of the second moment per update"""
-    eps: float = 1e-8
-    """added to the root of the second moment"""
+    eps: float = 1e-5
+    """added to the root of the second moment; PPO's usual one, torch's own is 1e-8"""
     stop_denominator: bool = False
     """treat the denominator as a constant of the meta-gradient (as Disco103 does)"""
     weight_decay: float = 0.0

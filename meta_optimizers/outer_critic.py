@@ -16,11 +16,11 @@ from learned_rl.agents import AgentConfig, Population, make_agent
 from learned_rl.component import Hyper, lifetime_mean
 from learned_rl.defaults import normalise
 from learned_rl.inner_loop import PlainInner
-from learned_rl.lifetimes import stream
+from learned_rl.lifetimes import under
 from learned_rl.returns import gae
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import Tree, at_least
+from learned_rl.types import Tree, at_least, stream
 from learned_rl.update_rules import Adam, select_rows
 
 
@@ -41,6 +41,7 @@ class OuterCriticConfig:
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs)
+        at_least(0, gamma=self.gamma, gae_lambda=self.gae_lambda, learning_rate=self.learning_rate)
 
 
 class OuterCritic:
@@ -112,4 +113,4 @@ class OuterCritic:
     @torch.no_grad()
     def load_state_dict(self, state: Tree) -> None:
         self.population.theta.copy_(state["theta"])
-        self._inner.state = {k[5:]: v.to(self.population.theta) for k, v in state.items() if k.startswith("rule/")}
+        self._inner.state = {k: v.to(self.population.theta) for k, v in under("rule", state).items()}

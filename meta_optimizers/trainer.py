@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from learned_rl.component import Hyper, Objective
-from learned_rl.lifetimes import Lifetimes, stream, under
+from learned_rl.lifetimes import Lifetimes, under
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.tasks.base import TaskFamily
-from learned_rl.types import Tree, UserError, at_least
+from learned_rl.types import Tree, UserError, at_least, stream
 from meta_optimizers.agent_bandit import AgentBandit, AgentBanditConfig
 from meta_optimizers.outer_critic import OuterCritic, OuterCriticConfig
 from meta_optimizers.truncated import Estimate, TruncatedConfig, TruncatedMetaGradient
@@ -18,7 +18,7 @@ from meta_optimizers.truncated import Estimate, TruncatedConfig, TruncatedMetaGr
 
 def _agent_config() -> PPOConfig:
     """Tabular agents. A step's norm is at most 60 * 0.03: see docs/meta_optimizers/truncated.md on why so little."""
-    hyper = Hyper(learning_rate=60.0, aux_coef=0.5, max_grad_norm=0.03)
+    hyper = Hyper(learning_rate=60.0, prediction_coef=0.5, max_grad_norm=0.03)
     return PPOConfig(n_envs=16, n_steps=20, n_epochs=1, n_minibatches=1, optimizer="sgd", hyper=hyper)
 
 
@@ -46,6 +46,7 @@ class MetaTrainConfig:
     def __post_init__(self) -> None:
         shortest, longest = self.horizon if isinstance(self.horizon, tuple) else (self.horizon, self.horizon)
         at_least(1, lifetimes=self.lifetimes, horizon=shortest)
+        at_least(0, learning_rate=self.learning_rate, max_grad_norm=self.max_grad_norm)
         at_least(shortest, **{"the upper end of horizon": longest})
 
 
@@ -81,7 +82,7 @@ class MetaTrainer:
         self.lifetimes.stagger(c.estimator.window)
         self.critic = OuterCritic(c.critic, family, c.lifetimes, seed, self.lifetimes.device, dtype)
         self.bandit = AgentBandit(c.bandit, c.agent.hyper, c.lifetimes, stream("bandit", seed))
-        self.estimator = TruncatedMetaGradient(c.estimator)
+        self.estimator = TruncatedMetaGradient(c.estimator, objective)
         self.optimizer = torch.optim.Adam(self.eta, lr=c.learning_rate)
         self.steps = self.environment_steps = self.restarts = self.broken = 0
         self._begin(torch.ones(c.lifetimes, dtype=torch.bool, device=device))
@@ -93,8 +94,8 @@ class MetaTrainer:
         returns, count = (sum(getattr(e, k) for e in estimate.episodes) for k in ("returns", "count"))
         mean_return = returns / count  # [P]; not a number where no episode ended
         ended = self.lifetimes.finished()
+        self.bandit.record(ended | estimate.broken, mean_return, estimate.broken)
         if bool(ended.any()):
-            self.bandit.record(ended & ~estimate.broken, mean_return)
             metrics["final_return"] = mean_return[ended].nanmean().item()
         metrics["return"] = mean_return.nanmean().item()
         metrics["broken"] = float(estimate.broken.sum())
@@ -146,7 +147,10 @@ class MetaTrainer:
         self.steps, self.environment_steps, self.restarts, self.broken = state["counters"].tolist()
         self.objective.load_state_dict(under("eta", state))
         for i, p in enumerate(self.eta):
-            self.optimizer.state[p] = {k: v.clone() for k, v in under(f"optimizer/{i}", state).items()}
+            self.optimizer.state[p] = {
+                k: v.clone() if k == "step" else v.clone().to(p.device)
+                for k, v in under(f"optimizer/{i}", state).items()
+            }
         for name in ("lifetimes", "critic", "bandit"):
             getattr(self, name).load_state_dict(under(name, state))
         self.lifetimes.hyper = self.bandit.hyper(self.config.agent.hyper, self.lifetimes.population.theta)

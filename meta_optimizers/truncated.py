@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from learned_rl.agents import AgentOutput
-from learned_rl.component import Metrics, lifetime_mean
+from learned_rl.component import Metrics, Objective, lifetime_mean
 from learned_rl.lifetimes import Episodes, Lifetimes
 from learned_rl.ppo import UpdateRecord
+from learned_rl.tasks.base import unknown
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import at_least
 from meta_optimizers.outer_critic import OuterCritic
@@ -45,6 +46,7 @@ class TruncatedConfig:
 
     def __post_init__(self) -> None:
         at_least(1, window=self.window)
+        at_least(1e-6, entropy_half_life=self.entropy_half_life)
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,11 @@ class Estimate:
 class TruncatedMetaGradient:
     """Estimates the gradient over one window and leaves the lifetimes at its end."""
 
-    def __init__(self, config: TruncatedConfig) -> None:
+    def __init__(self, config: TruncatedConfig, objective: Objective) -> None:
         self.config = config
+        for name in config.regularisers:
+            if name not in objective.regularisers:
+                raise unknown(f"regulariser of {objective.name!r}", name, objective.regularisers)
 
     def __call__(self, lifetimes: Lifetimes, critic: OuterCritic, eta: Sequence[nn.Parameter], step: int) -> Estimate:
         """One window; `step` is the number of meta-steps before it."""
@@ -125,5 +130,5 @@ class TruncatedMetaGradient:
         regularisers = [objective.meta_regularisers(o, r.batch) for o, r in zip(after, records, strict=True)]
         for name in regularisers[0]:
             parts[name] = torch.stack([t[name] for t in regularisers]).mean(0)
-            loss = loss + self.config.regularisers.get(name, 0.0) * parts[name]
+            loss = loss + self.config.regularisers.get(name, 0.0) * parts[name]  # those not named weigh nothing
         return loss, {k: v.detach() for k, v in parts.items()}  # stop: only to look at

@@ -13,8 +13,8 @@ and says pi_hat_t and y_hat_t. The agent descends
 
     L = mean_t log pi(a_t|s_t) pi_hat_t + alpha_y mean_t KL(y(s_t) || y_hat_t)
 
-(alpha_y is `aux_coef`). The sign of pi_hat is learned; it is frozen by contract version 1: the loss is minimised.
-d_t is 1 at either kind of episode end, as in the paper.
+(alpha_y is `prediction_coef`). The sign of pi_hat is learned; contract version 1 freezes it: the loss is minimised. d_t
+is 1 at either kind of episode end, as in the paper.
 
 Deviations: the core may be a GRU and gamma may be left out, as in groove (Jackson et al., 2023, arXiv:2310.02782); the
 observation carries no time. No official code was released; sizes 256 and m = 30 are those quoted for the paper, m = 8
@@ -73,6 +73,7 @@ class LPG(Objective):
     """The learned policy gradient as an objective."""
 
     name, Config, needs_value = "lpg", LPGConfig, False
+    regularisers = ("prediction_entropy", "pi_hat_square", "y_hat_square")
     config: LPGConfig
 
     def __init__(self, config: LPGConfig | None = None, **changes: object) -> None:
@@ -97,7 +98,7 @@ class LPG(Objective):
             "n_epochs": 1,
             "n_minibatches": 1,
             "optimizer": "sgd" if tabular else "adam",
-            "hyper": Hyper(learning_rate=learning_rate, aux_coef=0.5),
+            "hyper": Hyper(learning_rate=learning_rate, prediction_coef=0.5),
         }
 
     def heads(self, action_space: gymnasium.Space) -> dict[str, int]:
@@ -165,7 +166,7 @@ class LPG(Objective):
         y = softmax(out.heads["prediction"])
         kl = (y * ((y + EPS).log() - (batch["y_hat"] + EPS).log())).sum(-1)
         policy_loss, prediction_loss = lifetime_mean(log_pi * batch["pi_hat"]), lifetime_mean(kl)
-        coef = hyper.aux_coef.squeeze(-1) if isinstance(hyper.aux_coef, Tensor) else hyper.aux_coef
+        coef = hyper.prediction_coef.squeeze(-1) if isinstance(hyper.prediction_coef, Tensor) else hyper.prediction_coef
         metrics = {"policy_loss": policy_loss, "prediction_loss": prediction_loss}
         # stop: only to look at
         return policy_loss + coef * prediction_loss, {k: v.detach() for k, v in metrics.items()}

@@ -30,7 +30,7 @@ T, P, B = 6, 3, 4
 ACTIONS = Discrete(experience.ACTIONS)
 NUMBERS = {"learning_rate": 0.01, "gamma": 0.9, "gae_lambda": 0.8, "clip_range": 0.2, "ent_coef": 0.1} | {
     "vf_coef": 0.5,
-    "aux_coef": 0.7,
+    "prediction_coef": 0.7,
 }
 
 

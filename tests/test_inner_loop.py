@@ -131,7 +131,7 @@ def lpg_case(kind, core, rule, stop, held=True):
     torch.manual_seed(4)
     cls = HeldLPG if held else LPG
     objective = cls(predictions=4, width=5, core=core, embedding=8, stop_inputs=stop).double()
-    hyper = Hyper(learning_rate={"adam": 0.05, "rmsprop": 0.01}.get(rule, 0.5), aux_coef=0.7, max_grad_norm=0.3)
+    hyper = Hyper(learning_rate={"adam": 0.05, "rmsprop": 0.01}.get(rule, 0.5), prediction_coef=0.7, max_grad_norm=0.3)
     config = PPOConfig(n_envs=3, n_steps=5, n_epochs=1, n_minibatches=1, optimizer=rule, hyper=hyper)
     slots = Slots.fill(config, objective=objective, optimizer=smooth(rule))
     agents = experience.population(kind, {"prediction": 4})

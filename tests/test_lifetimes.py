@@ -28,7 +28,7 @@ META = MetaTrainConfig(
     horizon=6,
     agent=AGENT,
     estimator=TruncatedConfig(window=2, regularisers={"prediction_entropy": -0.01, "pi_hat_square": 0.01}),
-    bandit=AgentBanditConfig(learning_rates=(0.01, 0.1), aux_coefs=(0.5, 1.0)),
+    bandit=AgentBanditConfig(learning_rates=(0.01, 0.1), prediction_coefs=(0.5, 1.0)),
 )
 
 

@@ -50,7 +50,7 @@ def test_forward_inner_steps_and_meta_gradient(golden, twice):
     population = Population(agent, 1, torch.float64)
     population.theta.data.copy_(torch.cat([g["theta_logits"], g["theta_y"]], 1).reshape(1, -1))
     inner = GraphInner(population, SGD(), {})
-    hyper = Hyper(learning_rate=float(g["lr"]), aux_coef=float(g["kl"]), max_grad_norm=float("inf"))
+    hyper = Hyper(learning_rate=float(g["lr"]), prediction_coef=float(g["kl"]), max_grad_norm=float("inf"))
     context = Context(torch.zeros(1), torch.ones(1), {})
     for k in range(2):
         tr, next_obs = _experience(g, k)

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="S
 META_TRAIN = shlex.split(
     "meta-train lpg-gridworld --seed 3 --recipe.family grid/small --recipe.train.lifetimes 4 --recipe.train.horizon 6 "
     "--recipe.train.agent.n-envs 2 --recipe.train.agent.n-steps 5 --recipe.train.estimator.window 2 "
-    "--recipe.meta-steps 24 --recipe.validate-every 7 --recipe.validation-tasks 2 --recipe.checkpoint-every 3"
+    "--recipe.meta-steps 24 --recipe.validate-every 12 --recipe.validation-tasks 2 --recipe.checkpoint-every 3"
 )
 TRAIN = shlex.split(
     "train control/cartpole --seed 3 --seeds 2 --steps 6000 --checkpoints 12 --episodes 2 "

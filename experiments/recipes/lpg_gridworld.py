@@ -30,7 +30,7 @@ RECIPE = Recipe(
             n_epochs=1,
             n_minibatches=1,
             optimizer="sgd",
-            hyper=Hyper(learning_rate=30.0, aux_coef=0.5, max_grad_norm=0.06),
+            hyper=Hyper(learning_rate=30.0, prediction_coef=0.5, max_grad_norm=0.06),
         ),
         estimator=TruncatedConfig(
             window=5,

@@ -9,7 +9,6 @@ the episode that ended.
 from __future__ import annotations
 
 import difflib
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, Protocol
@@ -20,15 +19,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from learned_rl.types import Tasks, Tree, UserError
+from learned_rl.types import Tasks, Tree, UserError, stream, stream_seed
 
 Split = Literal["train", "validation", "test"]
-
-
-def split_generator(split: Split, seed: int) -> torch.Generator:
-    """A generator whose stream depends on the split's name, so that splits never share a stream, whatever the seed."""
-    digest = hashlib.sha256(f"{split}/{seed}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def unknown(what: str, value: str, choices: Iterable[str]) -> UserError:
@@ -57,7 +50,8 @@ class LifetimeEnv(Protocol):
 
     def state_dict(self) -> Tree: ...
 
-    def load_state_dict(self, state: Tree) -> None: ...
+    def load_state_dict(self, state: Tree) -> Tensor | None:
+        """Go on from a saved state; where that cannot be, begin new episodes and return their observations."""
 
     def close(self) -> None: ...
 
@@ -83,7 +77,7 @@ class TaskFamily(ABC):
 
     def sample_split(self, split: Split, n: int, seed: int = 0) -> Tasks:
         """`n` tasks of the train, validation or test side; the sides draw from unrelated streams."""
-        return self.sample(n, split_generator(split, seed))
+        return self.sample(n, stream(split, seed))
 
     @abstractmethod
     def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> LifetimeEnv:
@@ -104,7 +98,8 @@ class TaskVectorEnv(VectorEnv):
     * `_advance(action)`: move every copy by one step, return `(reward [N] float, terminated [N] bool)`;
     * `_observe()`: the observation `[N, ...]` of the present state.
 
-    Random draws always have the full size `[N, ...]`, so what one copy draws never depends on the others.
+    Random draws always have the full size `[N, ...]`, so what one copy draws never depends on the others; new tasks
+    draw from a generator of their own, so that the lifetimes that go on are not disturbed.
     """
 
     state_names: ClassVar[tuple[str, ...]]
@@ -127,6 +122,7 @@ class TaskVectorEnv(VectorEnv):
         self.action_space = batch_space(family.action_space, self.num_envs)
         self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._restarts = torch.Generator(self.device).manual_seed(stream_seed("restarts", seed))
         self.task = {k: v.to(self.device).repeat_interleave(copies, 0) for k, v in tasks.items()}
         self.elapsed = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         self._everywhere = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
@@ -157,6 +153,7 @@ class TaskVectorEnv(VectorEnv):
     def reset(self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None):
         if isinstance(seed, int):
             self.generator.manual_seed(seed)
+            self._restarts.manual_seed(stream_seed("restarts", seed))
         self.elapsed.zero_()
         self._begin(self._everywhere)
         return self._observe(), {}
@@ -185,7 +182,9 @@ class TaskVectorEnv(VectorEnv):
         self._tasks_changed()
         restarted = mask.repeat_interleave(self.copies)
         self.elapsed = self.elapsed * ~restarted
+        going_on, self.generator = self.generator, self._restarts
         self._begin(restarted)
+        self.generator = going_on
         return self._observe()
 
     def _tasks_changed(self) -> None:
@@ -198,11 +197,14 @@ class TaskVectorEnv(VectorEnv):
         """Everything that the next steps depend on; tensors only."""
         state = {f"state/{name}": getattr(self, name).clone() for name in (*self.state_names, "elapsed")}
         state |= {f"task/{name}": value.clone() for name, value in self.task.items()}
-        return state | {"generator": self.generator.get_state()}
+        return state | {"generator": self.generator.get_state(), "restart_generator": self._restarts.get_state()}
 
-    def load_state_dict(self, state: Tree) -> None:
+    def load_state_dict(self, state: Tree) -> Tensor | None:
+        """Go on from a saved state."""
         self.task = {k.removeprefix("task/"): v.clone().to(self.device) for k, v in state.items() if k[:5] == "task/"}
         self._tasks_changed()
         for name in (*self.state_names, "elapsed"):
             setattr(self, name, state[f"state/{name}"].clone().to(self.device))
         self.generator.set_state(state["generator"].cpu())
+        self._restarts.set_state(state["restart_generator"].cpu())
+        return None

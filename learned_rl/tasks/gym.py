@@ -171,10 +171,9 @@ class GymVectorEnv(VectorEnv):
 
     def _begin(self, mask: np.ndarray) -> Tensor:
         """Seed the copies in `mask [N]` anew and begin their episodes; all observations."""
-        lifetime_copy = np.arange(self.num_envs) % self.copies
         seeds: Any = [None] * self.num_envs
         for i in np.flatnonzero(mask):
-            entropy = (self.seed, self.restarts, int(self.task["seed"][i]), int(lifetime_copy[i]))
+            entropy = (self.seed, self.restarts, int(self.task["seed"][i]), int(i))
             seeds[i] = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         obs, _ = self.env.reset(seed=seeds, options={"reset_mask": mask})
         self._last = self._observed(obs)
@@ -236,7 +235,7 @@ class GymVectorEnv(VectorEnv):
             "restarts": torch.tensor(self.restarts),
         }
 
-    def load_state_dict(self, state: Tree) -> None:
+    def load_state_dict(self, state: Tree) -> Tensor:
         """Same tasks, new episodes: every copy is reset and warned about, with random numbers not used before."""
         warnings.warn(
             "a gymnasium environment cannot be restored in the middle of an episode: all copies begin new episodes",
@@ -245,4 +244,4 @@ class GymVectorEnv(VectorEnv):
         )
         self.task = {"seed": state["task/seed"].cpu().clone()}
         self.seed, self.restarts = int(state["seed"]), int(state["restarts"]) + 1
-        self._begin(np.ones(self.num_envs, dtype=np.bool_))
+        return self._begin(np.ones(self.num_envs, dtype=np.bool_))

@@ -17,13 +17,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import gpu, grid, learning, lpg, memory, ppo, threads
+from experiments.benchmarks import DEFAULT_OUT, gpu, grid, learning, lpg, memory, ppo, threads
 from experiments.benchmarks.measure import Result, fresh
-from experiments.runs import git_revision, plain, read_json, replacing, versions
+from experiments.runs import git_revision, plain, read_json, versions
+from learned_rl.files import replacing
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError
 
-DEFAULT_OUT = Path("experiments/results/bench.json")
 THREADS = 1
 
 

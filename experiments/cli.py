@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from experiments.benchmarks import DEFAULT_OUT
 from experiments.options import parse
 from learned_rl.types import UserError
 
@@ -75,6 +77,8 @@ class Report:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """run folders"""
+    baseline: str | None = None
+    """method to whose numbers the others' are related; default: a2c where it was measured"""
     out: Path = Path("report.html")
     """the page"""
 
@@ -85,7 +89,7 @@ def _report(words: list[str], command: list[str]) -> None:
     args = parse(Report, "report", words)
     if not args.runs:
         raise UserError("learned-rl report needs at least one run folder.")
-    print(f"report: {write_report(args.runs, args.out)}")
+    print(f"report: {write_report(args.runs, args.out, args.baseline)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,8 @@ def _show(words: list[str], command: list[str]) -> None:
     from experiments.show import show
 
     args = parse(Show, "show", words)
-    print(f"picture: {show(args.file, args.out)}")
+    picture = show(args.file, args.out)
+    print(f"picture: {picture}" if picture else f"There is no picture of {args.file}: pictures are of objectives.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +128,7 @@ class Bench:
 
     groups: tyro.conf.Positional[tuple[str, ...]] = ()
     """groups to run; default: all but `learning`"""
-    out: Path = Path("experiments/results/bench.json")
+    out: Path = DEFAULT_OUT
     """where the figures go, as JSON"""
 
 
@@ -145,13 +150,34 @@ COMMANDS: dict[str, Callable[[list[str], list[str]], None]] = {
 }
 
 
+@contextmanager
+def speaking(program: str, saved: str = "the same command with --out {path} --resume continues") -> Iterator[None]:
+    """Ends the program after a user's mistake or Ctrl-C with one sentence and an exit code.
+
+    Args:
+        saved: what to say of an interrupted run whose folder is {path}.
+    """
+    try:
+        yield
+    except UserError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        then = [f" and saved; {saved.format(path=path)}" for path in interrupt.args]
+        print(f"{program}: interrupted{''.join(then)}.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails as well
+        sys.exit(1)
+
+
 def main() -> None:
     """Entry point of `learned-rl`."""
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
         sys.exit(0)
-    try:
+    with speaking("learned-rl"):
         from experiments.threads import set_threads
         from learned_rl.tasks.base import unknown
 
@@ -159,13 +185,3 @@ def main() -> None:
         if words[0] not in COMMANDS:
             raise unknown("command", words[0], COMMANDS)
         COMMANDS[words[0]](words[1:], ["learned-rl", *words])
-    except UserError as error:
-        print(f"learned-rl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        saved = [f" and saved; the same command with --out {path} --resume continues" for path in interrupt.args]
-        print(f"learned-rl: interrupted{''.join(saved)}.", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush fails as well
-        sys.exit(1)

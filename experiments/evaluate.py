@@ -9,25 +9,36 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from gymnasium.spaces import Discrete
 
 from experiments.options import usable_device
-from experiments.report import Unit, append_scores, print_table, read_scores, summary_table, write_report
-from experiments.runs import SCORES, Progress, Run, default_folder
+from experiments.report import (
+    Scores,
+    Unit,
+    append_scores,
+    learning_curve_figure,
+    print_table,
+    read_scores,
+    save_figure,
+    summary_table,
+    write_report,
+)
+from experiments.runs import SCORES, Progress, Run, default_folder, read_json
 from experiments.scores import Scorer
 from experiments.tuning import Tuned, tune
 from learned_rl import artifacts
-from learned_rl.component import Hyper, Objective
-from learned_rl.evaluation import learning_curves
+from learned_rl.component import Objective
+from learned_rl.evaluation import iqm, learning_curves
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import TaskFamily, unknown
 from learned_rl.types import UserError, at_least
 from objectives.dpo import DPO
 
+TUNED = "tuned.json"
+FIGURE = Path("figures") / "learning_curves.png"
 BASELINES = ("a2c", "a2c-norm", "ppo", "dpo", "untrained")
 
 
@@ -58,6 +69,8 @@ class Evaluate:
     """fresh episodes of each agent at each point"""
     out: Path | None = None
     """run folder; default: runs/evaluate-FAMILY__seedN__TIME"""
+    resume: bool = False
+    """continue the run in --out: methods that are tuned or evaluated already are left as they are"""
     seed: int = 0
     """of tasks and agents"""
     device: str = "cpu"
@@ -85,21 +98,26 @@ class Method:
         return Algorithm(config, Slots.fill(config, objective=self.objective))
 
 
-def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
-    header = artifacts.read_header(path)
+def _objective(path: Path) -> Objective:
+    """The learned objective in a file."""
     learned = artifacts.load(path)
     if not isinstance(learned, Objective):
         raise UserError(f"{path} holds a component of the slot {learned.slot!r}: evaluate expects an objective.")
-    provenance = header["provenance"]
+    return learned
+
+
+def _methods(learned: Objective, family: TaskFamily, args: Evaluate) -> list[Method]:
+    """The competitors, the learned one first."""
     tabular = isinstance(family.observation_space, Discrete)
     config = PPOConfig.suited(learned, family.observation_space)
-    updates = args.updates or _default_updates(provenance, config)
+    updates = args.updates or _default_updates(learned)
     budget = updates * config.n_envs * config.n_steps
     optimizer = "sgd" if tabular else "adam"
     a2c = PPOConfig.a2c(n_envs=config.n_envs, n_steps=config.n_steps, optimizer=optimizer)
-    ppo = PPOConfig(n_envs=config.n_envs, n_steps=config.n_steps, hyper=Hyper(learning_rate=0.05 if tabular else 3e-4))
+    ppo = PPOConfig.suited(None, family.observation_space)
+    ppo = dataclasses.replace(ppo, n_envs=config.n_envs, n_steps=config.n_steps)
     a2c = dataclasses.replace(a2c, hyper=a2c.hyper.replace(learning_rate=80.0)) if tabular else a2c
-    untrained = components()[header["component"]].from_config(header["config"])
+    untrained = components()[learned.name].from_config(vars(learned.config))
     assert isinstance(untrained, Objective)
     known = {
         "a2c": (a2c, None),
@@ -109,7 +127,7 @@ def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
         "untrained": (config, untrained),
     }
     chosen = [Method(learned.name, config, learned, updates, args.tune_learned)]
-    for name in filter(None, args.baselines.split(",")):
+    for name in dict.fromkeys(filter(None, args.baselines.split(","))):
         if name not in known:
             raise unknown("baseline", name, known)
         settings, objective = known[name]
@@ -117,80 +135,126 @@ def _methods(path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
     return chosen
 
 
-def _default_updates(provenance: dict[str, Any], config: PPOConfig) -> int:
-    horizon = provenance.get("horizon", 100)
+def _default_updates(learned: Objective) -> int:
+    """The longest lifetime of its meta-training."""
+    horizon = learned.provenance.get("horizon", 100)
     return int(horizon[1] if isinstance(horizon, list) else horizon)
 
 
 def evaluate(path: Path, args: Evaluate, command: list[str]) -> Path:
-    """Run the comparison; returns the run folder with scores, tables and report."""
-    header = artifacts.read_header(path)
-    name = args.family or header["provenance"].get("family")
+    """Run the comparison; returns the report, beside which lie scores, figure and table."""
+    learned = _objective(path)
+    name = args.family or learned.provenance.get("family")
     if name is None:
         raise UserError(f"{path} does not say on which family it was trained: name one with --family.")
     family = make_family(name)
     torch.manual_seed(args.seed)  # initial weights of the untrained component
-    methods = _methods(path, family, args)
+    methods = _methods(learned, family, args)
     out = args.out or default_folder("runs", f"evaluate-{name.replace('/', '-')}", args.seed)
-    settings = dataclasses.asdict(args) | {"file": str(path), "component": header["component"]}
-    run = Run.create(out, command=command, config=settings, seed=args.seed)
-    scorer = Scorer(family, "test", args.tasks, args.seed)
-    with run:
-        if args.trials:
-            tuned = _tune_all(family, methods, args)
-            run.write_json("tuned.json", {k: dataclasses.asdict(v) for k, v in tuned.items()})
-        else:
-            tuned = {}
-        total = sum(m.horizon for m in methods)
-        with Progress(total, "updates") as progress:
-            done = 0
-            for method in methods:
-                numbers = tuned[method.name].hyper if method.name in tuned else {}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
+    settings |= {"family": name, "file": str(path), "component": learned.name}
+    settings["sha256"] = artifacts.read_header(path)["sha256"]  # a file written anew is another method
+    run = Run.create(out, command=command, config=settings, seed=args.seed, resume=args.resume)
+    session = _Session(run, name, family, args)
+    try:
+        with run:
+            session.compare(methods, session.tune(methods))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(run.path) from None  # what is finished was saved
+    return session.report(methods[1].name if len(methods) > 1 else None)
 
-                def show(update: int, horizon: int, done: int = done, method: Method = method) -> None:
-                    progress.update(done + update, method=method.name)
 
-                curves = learning_curves(
-                    family,
-                    method.algorithm(**numbers),
+class _Session:
+    """An evaluation: the folder, the family, what every method is scored on."""
+
+    def __init__(self, run: Run, suite: str, family: TaskFamily, args: Evaluate) -> None:
+        self.run, self.suite, self.family, self.args = run, suite, family, args
+        self.scorer = Scorer(family, "test", args.tasks, args.seed)
+        self.unit: Unit = "score" if self.scorer.exact and self.scorer.kept.any() else "return"
+
+    @property
+    def scores(self) -> list[Scores]:
+        """Of the methods that are finished."""
+        path = self.run.path / SCORES
+        return read_scores(path) if path.exists() else []
+
+    def tune(self, methods: list[Method]) -> dict[str, Tuned]:
+        """Search the numbers of every method that is tuned, each with the same number of trials."""
+        args, file = self.args, self.run.path / TUNED
+        found = {k: Tuned(**v) for k, v in read_json(file).items()} if file.exists() else {}
+        if not args.trials:
+            return found
+        chosen = [method for method in methods if method.tuned]
+        scorer = Scorer(self.family, "validation", args.tuning_tasks, args.seed)
+        with Progress(args.trials * len(chosen), "trials", done=args.trials * len(found)) as progress:
+            for i, method in enumerate(chosen):
+                if method.name in found:
+                    continue
+
+                def show(done: int, total: int, before: int = i * args.trials, name: str = method.name) -> None:
+                    progress.update(before + done, tuning=name)
+
+                show(0, args.trials)
+                found[method.name] = tune(
+                    self.family,
+                    method.algorithm(),
                     method.horizon,
-                    tasks=args.tasks,
-                    seeds=args.seeds,
+                    scorer.final,
+                    trials=args.trials,
+                    tasks=args.tuning_tasks,
                     seed=args.seed,
-                    checkpoints=args.checkpoints,
-                    episodes=args.episodes,
                     device=args.device,
                     progress=show,
                 )
-                done += method.horizon
-                scored = (scorer(curves), scorer.kept) if scorer.exact else (None, None)
-                append_scores(run.path / SCORES, name, method.name, curves, *scored)
-    baseline = methods[1].name if len(methods) > 1 else None
-    scores = read_scores(run.path / SCORES)
-    unit: Unit = "score" if scorer.exact else "return"
-    print_table(summary_table(scores, baseline, unit), baseline, unit)
-    return write_report([run.path], run.path / "report.html", baseline)
+                self.run.write_json(TUNED, found)
+        return found
 
+    def compare(self, methods: list[Method], tuned: dict[str, Tuned]) -> None:
+        """Let every method's agents live, but for those whose scores are there already."""
+        self.run.rewind(-1)  # a killed run may have saved scores without logging them
+        for each in self.scores:
+            self._log(each)
+        finished = {each.method for each in self.scores}
+        done = sum(m.horizon for m in methods if m.name in finished)
+        with Progress(sum(m.horizon for m in methods), "updates", done=done) as progress:
+            for method in methods:
+                if method.name not in finished:
+                    numbers = tuned[method.name].hyper if method.name in tuned else {}
+                    self._evaluate(method, numbers, progress, done)
+                    done += method.horizon
 
-def _tune_all(family: TaskFamily, methods: list[Method], args: Evaluate) -> dict[str, Tuned]:
-    """Search the numbers of every method that is tuned, each with the same number of trials."""
-    scorer = Scorer(family, "validation", args.tuning_tasks, args.seed)
-    found: dict[str, Tuned] = {}
-    to_tune = [m for m in methods if m.tuned]
-    with Progress(args.trials * len(to_tune), "trials") as progress:
-        for i, method in enumerate(to_tune):
+    def _evaluate(self, method: Method, numbers: dict[str, float], progress: Progress, done: int) -> None:
+        """Let one method's agents live, and save their scores."""
 
-            def show(done: int, total: int, i: int = i, method: Method = method) -> None:
-                progress.update(i * args.trials + done, tuning=method.name)
+        def show(update: int, horizon: int) -> None:
+            progress.update(done + update, method=method.name)
 
-            found[method.name] = tune(
-                family,
-                method.algorithm(),
-                method.horizon,
-                scorer.final,
-                trials=args.trials,
-                tasks=args.tuning_tasks,
-                seed=args.seed,
-                progress=show,
-            )
-    return found
+        args, scorer = self.args, self.scorer
+        curves = learning_curves(
+            self.family,
+            method.algorithm(**numbers),
+            method.horizon,
+            tasks=args.tasks,
+            seeds=args.seeds,
+            seed=args.seed,
+            checkpoints=args.checkpoints,
+            episodes=args.episodes,
+            device=args.device,
+            progress=show,
+        )
+        scored = (scorer(curves), scorer.kept) if scorer.exact else (None, None)
+        append_scores(self.run.path / SCORES, self.suite, method.name, curves, *scored)
+        self._log(self.scores[-1])
+
+    def _log(self, each: Scores) -> None:
+        """The curve that the figure shows, as metrics."""
+        curves = each.curves(self.unit)
+        assert curves is not None
+        for step, values in zip(curves.steps, curves.returns, strict=True):
+            self.run.log(int(step), {f"eval/{each.method}": iqm(values)})
+
+    def report(self, baseline: str | None) -> Path:
+        """Print the table, draw the figure, write the page."""
+        print_table(summary_table(self.scores, baseline, self.unit), baseline, self.unit)
+        save_figure(learning_curve_figure(self.scores, self.unit), self.run.path / FIGURE)
+        return write_report([self.run.path], self.run.path / "report.html", baseline)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gymnasium.spaces import Discrete
 
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
@@ -17,12 +18,15 @@ from experiments.runs import Checkpoint, Progress, Run, default_folder, plain
 from experiments.scores import Scorer
 from learned_rl import __version__, artifacts
 from learned_rl.evaluation import iqm, learning_curves
+from learned_rl.lifetimes import under
 from learned_rl.registry import make_family
 from learned_rl.types import Tree, at_least
 from meta_optimizers.trainer import MetaTrainer
 
 ARTIFACT = "component.safetensors"
 FIGURE = Path("figures") / "training.png"
+FIRST_FIGURE = 20  # meta-steps: something to look at long before the first validation
+EXTENSIBLE = ("minutes", "meta_steps", "checkpoint_every")  # when to stop and to save: nothing that is learned
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,20 @@ class _Session:
         """Wall time of this run, over all its starts."""
         return self.elapsed + time.monotonic() - self.began
 
-    def validate(self) -> dict[str, float]:
-        """Let fresh agents live on validation tasks; save the component if it is the best so far."""
+    def step(self) -> dict[str, float | str]:
+        """One meta-step, logged; returns what to show of it."""
+        before, tick = self.trainer.environment_steps, time.perf_counter()
+        metrics = self.trainer.step()
+        rate = (self.trainer.environment_steps - before) / (time.perf_counter() - tick)
+        self.run.log(self.trainer.steps, _tags(metrics))
+        loss = metrics.get("loss", float("nan"))
+        return {"return": metrics["return"], "meta_loss": loss, "steps/s": round(rate)}
+
+    def validate(self) -> float:
+        """Let fresh agents live on validation tasks; save the component if it is the best so far.
+
+        Returns their score at the end of life.
+        """
         trainer, recipe = self.trainer, self.recipe
         horizon = trainer.lifetimes.horizon_range[1]
         curves = learning_curves(
@@ -87,7 +103,13 @@ class _Session:
         if score > self.best or not (self.run.path / ARTIFACT).exists():
             self.best = score if np.isfinite(score) else self.best
             artifacts.save(self.trainer.objective, self.run.path / ARTIFACT, self._provenance(final, area))
-        return {"meta/heldout_return": final, "meta/heldout_area": area}
+        self.run.log(trainer.steps, {"meta/heldout_return": final, "meta/heldout_area": area})
+        self.draw()
+        return final
+
+    def draw(self) -> None:
+        """Training curves so far."""
+        save_figure(metrics_figure(self.run.path), self.run.path / FIGURE)
 
     def _provenance(self, final: float, area: float) -> dict[str, object]:
         recipe = self.recipe
@@ -96,6 +118,7 @@ class _Session:
             "family": recipe.family,
             "horizon": recipe.train.horizon,
             "agent": recipe.train.agent,
+            "tabular": isinstance(self.family.observation_space, Discrete),
             "meta_steps": self.trainer.steps,
             "environment_steps": self.trainer.environment_steps,
             "minutes": round(self.seconds / 60, 2),
@@ -116,7 +139,7 @@ class _Session:
         if saved is None:
             self.run.rewind(-1)
             return
-        self.trainer.load_state_dict({k[8:]: v for k, v in saved.items() if k.startswith("trainer/")})  # type: ignore[misc]
+        self.trainer.load_state_dict(under("trainer", saved))  # type: ignore[arg-type]
         self.best, self.validated = float(saved["best"]), int(saved["validated"])
         self.elapsed = float(saved["elapsed"])
         self.run.rewind(self.trainer.steps)
@@ -127,7 +150,9 @@ def meta_train(args: MetaTrain, command: list[str]) -> Path:
     recipe = args.recipe
     folder = args.out or default_folder("runs", recipe.name, args.seed)
     session = _Session(args)  # before the folder: what cannot be built leaves none
-    run = session.run = Run.create(folder, command=command, config=recipe, seed=args.seed, resume=args.resume)
+    run = session.run = Run.create(
+        folder, command=command, config=recipe, seed=args.seed, resume=args.resume, free=EXTENSIBLE
+    )
     trainer = session.trainer
     if args.resume:
         session.resume()
@@ -135,21 +160,11 @@ def meta_train(args: MetaTrain, command: list[str]) -> Path:
     with run, holding_interrupts() as interrupted, bar as progress:
         fields: dict[str, float | str] = {}
         while trainer.steps < recipe.meta_steps and session.seconds < recipe.minutes * 60:
-            before = trainer.environment_steps
-            tick = time.perf_counter()
-            metrics = trainer.step()
-            rate = (trainer.environment_steps - before) / (time.perf_counter() - tick)
-            run.log(trainer.steps, _tags(metrics))
-            fields |= {
-                "return": metrics["return"],
-                "meta_loss": metrics.get("loss", float("nan")),
-                "steps/s": round(rate),
-            }
+            fields |= session.step()
             if trainer.steps % recipe.validate_every == 0 or trainer.steps == recipe.meta_steps:
-                held_out = session.validate()
-                run.log(trainer.steps, held_out)
-                save_figure(metrics_figure(run.path), run.path / FIGURE)
-                fields["held_out"] = held_out["meta/heldout_return"]
+                fields["held_out"] = session.validate()
+            elif trainer.steps == FIRST_FIGURE:
+                session.draw()
             if trainer.steps % recipe.checkpoint_every == 0:
                 session.checkpoint()
             progress.update(trainer.steps, **fields)
@@ -157,7 +172,7 @@ def meta_train(args: MetaTrain, command: list[str]) -> Path:
                 session.checkpoint()
                 raise KeyboardInterrupt(run.path)
         if session.validated != trainer.steps:
-            run.log(trainer.steps, session.validate())
+            session.validate()
         session.checkpoint()
     return run.path / ARTIFACT
 

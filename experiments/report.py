@@ -43,6 +43,7 @@ COLUMNS = ("suite", "method", "task", "seed", "step", "return", "score")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES = ("-", "--", ":")  # one more for each time the colours are used up
 QUANTITY = {"score": "normalised score", "return": "return per episode"}
+BASELINE = "a2c"
 PANELS = 12  # of a run's training curves
 FIRST = ("inner/return", "eval/mean_reward", "meta/heldout_return", "meta/loss", "meta/grad_norm")
 
@@ -355,6 +356,11 @@ def _checked(folder: Path) -> Path:
     raise UserError(f"{folder} holds no run (no {CONFIG} in it): {hint}")
 
 
+def _trained(folder: Path) -> bool:
+    """Whether more was logged than evaluations, which have figures of their own."""
+    return any(not tag.startswith("eval/") for tag in read_metrics(folder))
+
+
 def _described(folder: Path, out: Path) -> dict[str, Any]:
     """What the page says about one run."""
     try:
@@ -368,7 +374,7 @@ def _described(folder: Path, out: Path) -> dict[str, Any]:
         "versions": read_json(folder / "versions.json"),
         "config": flatten(read_json(folder / CONFIG)),
         "files": [Path(file).as_posix() for file in files],
-        "training": _embedded(metrics_figure(folder)) if read_metrics(folder) else None,
+        "training": _embedded(metrics_figure(folder)) if _trained(folder) else None,
     }
 
 
@@ -377,7 +383,7 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
 
     Args:
         out:      the page to write.
-        baseline: method to whose numbers the others' are related.
+        baseline: method to whose numbers the others' are related; None: `BASELINE` where it was measured.
 
     Raises:
         UserError: no folder, a folder that is no run, an unknown baseline, or a page that cannot be written.
@@ -386,6 +392,7 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
         raise UserError("A report needs at least one run folder: none was given.")
     folders = [_checked(folder) for folder in dict.fromkeys(folders)]
     scores = merge_scores(folders)
+    baseline = baseline or (BASELINE if BASELINE in {each.method for each in scores} else None)
     results = []
     for unit in get_args(Unit):
         if rows := summary_table(scores, baseline, unit):

@@ -26,7 +26,7 @@ import shlex
 import subprocess
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -45,6 +45,9 @@ from learned_rl.types import UserError
 CONFIG, METRICS, CHECKPOINT, SCORES = "config.json", "metrics.csv", "checkpoint.pt", "scores.csv"
 HEADER = "step,tag,value\n"
 PACKAGES = ("learned-rl", "torch", "numpy", "gymnasium", "higher")
+
+#: Stable-Baselines3's names for the mean return and length (environment steps) of recent training episodes.
+EPISODES = {"return": "rollout/ep_rew_mean", "length": "rollout/ep_len_mean"}
 
 Checkpoint = dict[str, Tensor | int | float | str]
 
@@ -107,11 +110,11 @@ def default_folder(root: Path | str, name: str, seed: int) -> Path:
 
 
 def sb3_tags(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Names under which Stable-Baselines3's users look for PPO's metrics: `train/<name>`.
+    """Names under which Stable-Baselines3's users look for PPO's metrics: of episodes `rollout/`, else `train/<name>`.
 
     Entropy (nats) appears twice: `train/entropy`, and `train/entropy_loss`, which over there is *minus* the entropy.
     """
-    tags = {f"train/{name}": value for name, value in metrics.items()}
+    tags = {EPISODES.get(name, f"train/{name}"): value for name, value in metrics.items()}
     if "entropy" in metrics:
         tags["train/entropy_loss"] = -metrics["entropy"]
     return tags
@@ -155,13 +158,21 @@ class Run:
 
     @classmethod
     def create(
-        cls, path: Path | str, *, command: Sequence[str], config: object, seed: int, resume: bool = False
+        cls,
+        path: Path | str,
+        *,
+        command: Sequence[str],
+        config: object,
+        seed: int,
+        resume: bool = False,
+        free: Collection[str] = (),
     ) -> Self:
         """Begin a run in `path`, or continue the one that is there.
 
         Args:
             command: words of the command line.
             config:  a dataclass or dictionary of plain values: all that the run's numbers depend on.
+            free:    dotted names of settings that may change when the run continues, such as when it ends.
 
         Raises:
             UserError: a run is there already (or none, to resume), it had another config, or nothing can be written.
@@ -173,7 +184,7 @@ class Run:
         if resume and not held:
             raise UserError(f"{path} holds no run that --resume could continue: leave --resume out, or correct --out.")
         if held:
-            _same_config(path, values, seed)
+            _same_config(path, values, seed, free)
         with speaking(path):
             path.mkdir(parents=True, exist_ok=True)
             mode = "a" if held else "w"
@@ -183,8 +194,7 @@ class Run:
             (path / "seed").write_text(f"{seed}\n", encoding="utf-8")
         run = cls(path)
         run.write_json("versions.json", versions())
-        if not held:  # last: a folder with a config is a run
-            run.write_json(CONFIG, values)
+        run.write_json(CONFIG, values)  # last: a folder with a config is a run
         run._keep_rows(math.inf)  # a killed run may have left half a row
         return run
 
@@ -250,6 +260,7 @@ class Run:
             if self._csv is not None:  # a checkpoint must not outlive the rows before it
                 os.fsync(self._csv.fileno())
         with replacing(self.path / CHECKPOINT) as file:
+            # stop: saved values
             torch.save({k: v.detach().cpu() if isinstance(v, Tensor) else v for k, v in tree.items()}, file)
 
     def load_checkpoint(self) -> Checkpoint | None:
@@ -285,11 +296,11 @@ class Run:
         self.close()
 
 
-def _same_config(path: Path, values: dict[str, Any], seed: int) -> None:
-    """Refuse to continue with other settings."""
+def _same_config(path: Path, values: dict[str, Any], seed: int, free: Collection[str]) -> None:
+    """Refuse to continue with other settings, but for those that are free."""
     old = {**flatten(read_json(path / CONFIG)), "seed (of the run)": read_json(path / "seed")}
     new = {**flatten(values), "seed (of the run)": seed}
-    for name in {**old, **new}:
+    for name in (name for name in {**old, **new} if name not in free):
         before, now = old.get(name, "absent"), new.get(name, "absent")
         if before != now:
             raise UserError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,32 +23,30 @@ from learned_rl.component import Component, Context, Hyper
 from learned_rl.defaults import PPOClip
 from learned_rl.registry import components, families
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import UserError
 from objectives.dpo import DPO
 from objectives.lpg import LPG
 
 T = 20  # steps of a probe rollout
 
 
-def show(file: str, out: Path | None) -> Path:
-    """Print what a component is and draw what it does; returns the picture.
+def show(file: str, out: Path | None) -> Path | None:
+    """Print what a component is and draw what it does; returns the picture, None if there is none of such a component.
 
     Raises:
-        UserError: no such component, a damaged file, or a component of which there is no picture.
+        UserError: no such component, a damaged file, or a picture that cannot be written.
     """
     component = artifacts.get(file)
-    is_file = file.endswith(".safetensors")
-    _describe(component, artifacts.read_header(file)["provenance"] if is_file else {})
+    _describe(component)
     if isinstance(component, LPG):
         figure = _lpg_figure(component)
     elif isinstance(component, PPOClip):
         figure = _surrogate_figure(component)
     else:
-        raise UserError(f"There is no picture for the {component.slot} component {component.name!r}.")
-    return save_figure(figure, out or (Path(file).with_suffix(".png") if is_file else Path(f"{component.name}.png")))
+        return None
+    return save_figure(figure, out or Path(f"{file}.png" if file in components() else file).with_suffix(".png"))
 
 
-def _describe(component: Component, provenance: dict[str, Any]) -> None:
+def _describe(component: Component) -> None:
     table = Table(show_header=False, title=f"{component.name} ({component.slot})")
     paper = (type(component).__doc__ or "").strip().splitlines()[0]
     table.add_row("what", paper)
@@ -57,7 +54,7 @@ def _describe(component: Component, provenance: dict[str, Any]) -> None:
     table.add_row("contract", str(component.contract))
     for name, value in vars(component.config).items():
         table.add_row(f"config: {name}", str(value))
-    for name, value in provenance.items():
+    for name, value in component.provenance.items():
         table.add_row(f"trained: {name}", json.dumps(value) if isinstance(value, dict) else str(value))
     Console().print(table)
 
@@ -83,12 +80,15 @@ def _lpg_figure(net: LPG) -> Figure:
     credit, strength, prediction = figure.subplots(1, 3)
     steps = np.arange(T)
     paid = 12
-    reward = torch.zeros(T, 4)
-    reward[paid] = torch.tensor([1.0, -1.0, 1.0, 0.0])
-    done = torch.zeros(T, 4, dtype=torch.bool)
-    done[6, 2] = True
-    pi_hat, y_hat = _probe(net, reward, torch.full((T, 4), 0.2), done)
-    push = -(pi_hat - pi_hat[:, 3:])  # what is minimised is log pi * pi_hat: a negative pi_hat raises the action
+    reward = torch.zeros(T, 5)
+    reward[paid, :3] = torch.tensor([1.0, -1.0, 1.0])
+    done = torch.zeros(T, 5, dtype=torch.bool)
+    done[6, [2, 4]] = True
+    unpaid = [3, 3, 4]  # for each of the first three rollouts the one that differs from it only by the reward
+    pi_hat, y_hat = _probe(net, reward, torch.full((T, 5), 0.2), done)
+    push = (
+        pi_hat[:, unpaid] - pi_hat[:, :3]
+    )  # what is minimised is log pi * pi_hat: a negative pi_hat raises the action
     for i, label in enumerate(("reward +1 at step 12", "reward −1 at step 12", "+1, episode ends at step 6")):
         credit.plot(steps, push[:, i], color=COLOURS[i], label=label, marker=".", linestyle="--" if i == 2 else "-")
     credit.axvline(paid, color="0.8", zorder=0)
@@ -100,7 +100,7 @@ def _lpg_figure(net: LPG) -> Figure:
         said, _ = _probe(net, grid, torch.full((T, 21), pi), torch.zeros(T, 21, dtype=torch.bool))
         strength.plot(rewards, -said[paid], color=COLOURS[i], label=f"π(a|s) = {pi}")
     _label(strength, "reward at the step", "push on log π at that step", "Strength")
-    moved = (y_hat - y_hat[:, 3:]).abs().sum(-1) / 2
+    moved = (y_hat[:, :3] - y_hat[:, unpaid]).abs().sum(-1) / 2
     for i, label in enumerate(("reward +1", "reward −1", "+1, episode ends at step 6")):
         prediction.plot(
             steps, moved[:, i], color=COLOURS[i], label=label, marker=".", linestyle="--" if i == 2 else "-"
@@ -134,7 +134,7 @@ def _label(ax: Axes, x: str, y: str, title: str) -> None:
     ax.set_title(title, fontsize=10)
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=2)
 
 
 # --- the catalogue -----------------------------------------------------------------------------------------------

@@ -12,14 +12,25 @@ import torch
 
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
-from experiments.report import append_scores, print_table, read_scores, summary_table, write_report
+from experiments.report import (
+    append_scores,
+    learning_curve_figure,
+    print_table,
+    read_scores,
+    save_figure,
+    summary_table,
+    write_report,
+)
 from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPO, PPOConfig, artifacts
 from learned_rl.component import Objective
 from learned_rl.evaluation import Curves
+from learned_rl.lifetimes import under
 from learned_rl.registry import make_family
 from learned_rl.tasks.base import unknown
 from learned_rl.types import at_least
+
+FIGURE = Path("figures") / "learning_curve.png"
 
 
 @dataclass(frozen=True)
@@ -57,63 +68,87 @@ class Train:
         usable_device(self.device)
 
 
+class _Session:
+    """A training run: the agents, the folder, the learning curve so far."""
+
+    run: Run
+
+    def __init__(self, env: str, args: Train) -> None:
+        self.args = args
+        plugs = {"objective": args.objective, "optimizer": args.optimizer}
+        self.agent = PPO(env, args.config, **plugs, seeds=args.seeds, seed=args.seed, device=args.device)  # type: ignore[arg-type]
+        self.steps: list[int] = []
+        self.returns: list[np.ndarray] = []  # [seeds] at each of the steps
+        self.began, self.first = time.perf_counter(), 0
+
+    def marks(self) -> list[int]:
+        """Environment steps at which the agents are still to be evaluated: at whole updates."""
+        per_update = self.args.config.n_steps * self.args.config.n_envs
+        even = np.linspace(0, self.args.steps, self.args.checkpoints + 1)
+        return (np.unique(np.ceil(even / per_update).astype(int)) * per_update).tolist()[len(self.steps) :]
+
+    def resume(self) -> None:
+        """Continue from the checkpoint, or from the beginning where none was saved yet."""
+        saved = self.run.load_checkpoint()
+        if saved is not None:
+            self.agent.load_state_dict(under("agent", saved))  # type: ignore[arg-type]
+            self.steps, self.returns = saved["steps"].tolist(), list(saved["returns"].numpy())  # type: ignore[union-attr]
+        self.first = self.agent.steps
+        self.run.rewind(self.first if saved else -1)
+
+    def checkpoint(self) -> None:
+        state = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
+        state |= {"steps": torch.tensor(self.steps), "returns": torch.as_tensor(np.stack(self.returns))}
+        self.run.save_checkpoint(state)
+
+    def log(self, done: int, metrics: dict[str, float]) -> dict[str, float | str]:
+        """Record one update after which each seed has taken `done` environment steps; returns what to show of it."""
+        config = self.args.config
+        rate = (done - self.first) * self.args.seeds / (time.perf_counter() - self.began)
+        passes = done // (config.n_steps * config.n_envs) * config.n_epochs  # over the data, as over there
+        self.run.log(done, {"time/fps": rate, "train/n_updates": passes} | sb3_tags(metrics))
+        return {"return": metrics["return"], "steps/s": round(rate)}
+
+    def evaluate(self) -> None:
+        """Add a point to the learning curve, and save it."""
+        scores = self.agent.evaluate(self.args.episodes)
+        self.steps.append(self.agent.steps)
+        self.returns.append(scores.cpu().double().numpy())
+        self.run.log(self.agent.steps, {"eval/mean_reward": float(scores.mean())})
+        self.checkpoint()
+
+
 def train(env: str, args: Train, command: list[str]) -> Path:
     """Train, evaluate along the way, write the report; returns its path."""
-    agent = PPO(
-        env,
-        args.config,
-        objective=args.objective,
-        optimizer=args.optimizer,
-        seeds=args.seeds,
-        seed=args.seed,
-        device=args.device,
-    )
+    session = _Session(env, args)  # before the folder: what cannot be built leaves none
     method = Path(args.objective).stem if args.objective else (args.preset or "ppo")
     out = args.out or default_folder("runs", f"{method}-{env.replace('/', '-')}", args.seed)
     settings = {"env": env} | {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
-    run = Run.create(out, command=command, config=settings, seed=args.seed, resume=args.resume)
-    per_update = args.config.n_steps * args.config.n_envs
-    marks = np.unique(np.ceil(np.linspace(0, args.steps, args.checkpoints + 1) / per_update).astype(int)) * per_update
-    steps: list[int] = []
-    returns: list[np.ndarray] = []
+    run = session.run = Run.create(out, command=command, config=settings, seed=args.seed, resume=args.resume)
     if args.resume:
-        if (saved := run.load_checkpoint()) is not None:
-            agent.load_state_dict({k[6:]: v for k, v in saved.items() if k.startswith("agent/")})  # type: ignore[misc]
-            steps, returns = saved["steps"].tolist(), list(saved["returns"].numpy())  # type: ignore[union-attr]
-        run.rewind(agent.steps if saved else -1)
-    began, first = time.perf_counter(), agent.steps
-    bar = Progress(args.steps, "environment steps", done=first)
+        session.resume()
+    bar = Progress(args.steps, "environment steps", done=session.first)
     with run, holding_interrupts() as interrupted, bar as progress:
-
-        def log(done: int, metrics: dict[str, float]) -> None:
-            rate = (done - first) * args.seeds / (time.perf_counter() - began)
-            mean = metrics.pop("return")
-            run.log(done, {"rollout/ep_rew_mean": mean, "time/fps": rate} | sb3_tags(metrics))
-            progress.update(min(done, args.steps), **{"return": mean, "steps/s": round(rate)})
-            save_if_interrupted()
 
         def save_if_interrupted() -> None:
             if interrupted():
-                _checkpoint(run, agent, steps, returns)
+                session.checkpoint()
                 raise KeyboardInterrupt(run.path)
 
-        for mark in marks[len(steps) :]:
-            agent.learn(int(mark), log, schedule=args.steps)
-            scores = agent.evaluate(args.episodes)
-            steps.append(agent.steps)
-            returns.append(scores.cpu().double().numpy())
-            run.log(agent.steps, {"eval/mean_reward": float(scores.mean())})
-            _checkpoint(run, agent, steps, returns)
+        def log(done: int, metrics: dict[str, float]) -> None:
+            progress.update(min(done, args.steps), **session.log(done, metrics))
             save_if_interrupted()
-    append_scores(run.path / SCORES, env, method, Curves(np.array(steps), np.stack(returns)[:, None]), None)
-    print_table(summary_table(read_scores(run.path / SCORES)))
+
+        for mark in session.marks():
+            session.agent.learn(mark, log, schedule=args.steps)
+            session.evaluate()
+            save_if_interrupted()
+    curves = Curves(np.array(session.steps), np.stack(session.returns)[:, None])
+    append_scores(run.path / SCORES, env, method, curves, None)
+    scores = read_scores(run.path / SCORES)
+    print_table(summary_table(scores))
+    save_figure(learning_curve_figure(scores), run.path / FIGURE)
     return write_report([run.path], run.path / "report.html")
-
-
-def _checkpoint(run: Run, agent: PPO, steps: list[int], returns: list[np.ndarray]) -> None:
-    state = {f"agent/{k}": v for k, v in agent.state_dict().items()}
-    state |= {"steps": torch.tensor(steps), "returns": torch.as_tensor(np.stack(returns))}
-    run.save_checkpoint(state)
 
 
 PRESETS = ("a2c",)

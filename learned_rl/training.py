@@ -123,15 +123,15 @@ class PPO:
 
     def state_dict(self) -> Tree:
         """Everything that the next update, and what it logs, depends on."""
-        returns = torch.full((len(self._returns), WINDOW), math.nan, dtype=torch.float64)
-        for row, kept in zip(returns, self._returns, strict=True):
-            row[: len(kept)] = torch.tensor(list(kept), dtype=row.dtype)
-        own = {"steps": torch.tensor(self.steps), "returns": returns}
+        recent = torch.zeros(len(self._recent), WINDOW, 3, dtype=torch.float64)  # rows without episodes are empty
+        for rows, kept in zip(recent, self._recent, strict=True):
+            rows[: len(kept)] = torch.tensor(list(kept), dtype=rows.dtype).reshape(-1, 3)
+        own = {"steps": torch.tensor(self.steps), "recent": recent}
         return own | {f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()}
 
     def load_state_dict(self, state: Tree) -> None:
         self.steps = int(state["steps"])
-        self._returns = [deque(row[~row.isnan()].tolist(), maxlen=WINDOW) for row in state["returns"]]
+        self._recent = [deque((c, r, n) for c, r, n in rows[rows[:, 0] > 0].tolist()) for rows in state["recent"]]
         self.lifetimes.load_state_dict(under("lifetimes", state))
 
 

@@ -5,7 +5,7 @@ Where `reset[t]` is true the state that comes from step t + 1 is zeroed before s
 across an episode's end. Features come before sequences, so that every gate is one contiguous block.
 
 The meta-gradient reaches the weights once and no inner gradient passes through a core, so the whole recursion is one
-autograd node with a hand-written derivative. With `twice=True` it is composed of ordinary operations instead.
+autograd node with a hand-written derivative. Nobody differentiates that derivative: asking for it is an error.
 """
 
 from __future__ import annotations
@@ -41,23 +41,14 @@ class ReverseCore(nn.Module, ABC):
         self.weight_h = nn.Parameter(torch.cat(blocks))
         self.bias = nn.Parameter(torch.zeros(self.gates * width))
 
-    def forward(self, x: Tensor, reset: Tensor, twice: bool = False) -> Tensor:
-        """Hidden states [T, H, n] from inputs [T, I, n] and `reset [T, n]`, bool.
-
-        Args:
-            twice: whether someone will differentiate a gradient that passed through the core.
-        """
+    def forward(self, x: Tensor, reset: Tensor) -> Tensor:
+        """Hidden states [T, H, n] from inputs [T, I, n] and `reset [T, n]`, bool."""
         keep = (~reset).to(x.dtype).unsqueeze(1)
-        projected = features_first_linear(self.weight_x, self.bias, x)
-        return self._composed(projected, keep) if twice else self._fused(projected, keep)
+        return self._fused(features_first_linear(self.weight_x, self.bias, x), keep)
 
     @abstractmethod
     def _fused(self, projected: Tensor, keep: Tensor) -> Tensor:
         """[T, H, n] as one autograd node."""
-
-    @abstractmethod
-    def _composed(self, projected: Tensor, keep: Tensor) -> Tensor:
-        """[T, H, n] out of operations that can be differentiated any number of times."""
 
 
 class ReverseGRU(ReverseCore):
@@ -74,19 +65,6 @@ class ReverseGRU(ReverseCore):
 
     def _fused(self, projected: Tensor, keep: Tensor) -> Tensor:
         return _FusedGRU.apply(projected, keep, self.weight_h, self.bias_n)
-
-    def _composed(self, projected: Tensor, keep: Tensor) -> Tensor:
-        H, bias = self.width, self.bias_n.unsqueeze(-1)
-        h = projected.new_zeros(H, projected.shape[-1])
-        hidden = []
-        for x_t, keep_t in zip(reversed(projected.unbind(0)), reversed(keep.unbind(0)), strict=True):
-            h = h * keep_t
-            a = self.weight_h @ h
-            r, z = torch.sigmoid(x_t[: 2 * H] + a[: 2 * H]).chunk(2)
-            n = torch.tanh(x_t[2 * H :] + r * (a[2 * H :] + bias))
-            h = n + z * (h - n)
-            hidden.append(h)
-        return torch.stack(hidden[::-1])
 
 
 class _FusedGRU(torch.autograd.Function):
@@ -147,18 +125,6 @@ class ReverseLSTM(ReverseCore):
 
     def _fused(self, projected: Tensor, keep: Tensor) -> Tensor:
         return _FusedLSTM.apply(projected, keep, self.weight_h)
-
-    def _composed(self, projected: Tensor, keep: Tensor) -> Tensor:
-        H = self.width
-        h = c = projected.new_zeros(H, projected.shape[-1])
-        hidden = []
-        for x_t, keep_t in zip(reversed(projected.unbind(0)), reversed(keep.unbind(0)), strict=True):
-            a = x_t + self.weight_h @ (h * keep_t)
-            i, f, o = torch.sigmoid(a[: 3 * H]).chunk(3)
-            c = f * (c * keep_t) + i * torch.tanh(a[3 * H :])
-            h = o * torch.tanh(c)
-            hidden.append(h)
-        return torch.stack(hidden[::-1])
 
 
 class _FusedLSTM(torch.autograd.Function):

@@ -138,7 +138,6 @@ def file(tmp_path):
         ("report nowhere --outt x", ["'--outt'", "'--out'"]),
         ("show", ["component file"]),
         ("show lgp", ["'lgp'", "'lpg'"]),
-        ("show sgd", ["no picture", "'sgd'"]),
         ("show ./x.safetensors", ["There is no component file"]),
         ("show lpg dpo", ["'dpo'"]),
         ("list everything", ["'everything'"]),
@@ -262,6 +261,11 @@ def test_show_draws_a_registered_component(say, tmp_path, name):
     code, out, _ = say("show", name)
     assert code == 0 and name in out and f"picture: {name}.png" in out
     assert is_picture(tmp_path / f"{name}.png")
+
+
+def test_show_describes_what_it_cannot_draw(say, tmp_path):
+    code, out, _ = say("show", "adam")
+    assert code == 0 and "beta1" in out and "no picture of adam" in out and not [*tmp_path.iterdir()]
 
 
 def test_show_draws_a_file_beside_it(say, file, tmp_path):

@@ -300,6 +300,26 @@ def test_the_report_stands_alone(tmp_path):
             assert all("<td>{}</td>".format(cell.replace(" [", "\n[")) in words for cell in row.cells())
 
 
+def test_ratios_refer_to_a2c_unless_told_otherwise(tmp_path):
+    folder = measured(tmp_path, lpg=curves(1), ppo=curves(2), a2c=curves(3))
+    for named, versus in ((None, "a2c"), ("ppo", "ppo")):
+        page = write_report([folder], tmp_path / "report.html", named).read_text()
+        assert f"<th>final / {versus}</th>" in page and f"Ratios to {versus} resample" in page
+    without = measured(tmp_path, lpg=curves(1), ppo=curves(2))
+    assert "<th>final / baseline</th>" in write_report([without], tmp_path / "report.html").read_text()
+    with pytest.raises(UserError, match=r"unknown baseline 'a3c'"):
+        write_report([folder], tmp_path / "report.html", "a3c")
+
+
+def test_evaluations_are_not_shown_as_training(tmp_path):
+    with begin(tmp_path / "run") as run:
+        run.log(0, {"eval/lpg": 1.0})
+        path = write_report([run.path], tmp_path / "report.html")
+        assert "Nothing was logged while training" in path.read_text()
+        run.log(0, {"eval/mean_reward": 1.0, "time/fps": 1.0})
+        assert "Nothing was logged" not in write_report([run.path], path).read_text()
+
+
 def test_a_run_without_scores_or_metrics_still_has_a_report(tmp_path):
     begin(tmp_path / "run").close()
     text = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()

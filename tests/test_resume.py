@@ -48,15 +48,16 @@ def steps(folder: Path) -> int:
 def killed(words: list[str], folder: Path, moment: random.Random, last: int) -> int:
     """Starts a run and kills it after its first checkpoint, before step `last`; returns the step it had reached."""
     command = [sys.executable, "-c", "from experiments.cli import main; main()", *words, "--out", str(folder)]
-    quiet = subprocess.DEVNULL
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=quiet, stderr=quiet)
+    said = folder.with_suffix(".log")
+    with said.open("w") as log:
+        process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
     try:
         while not (folder / CHECKPOINT).exists():
-            assert process.poll() is None, "the run ended before its first checkpoint"
+            assert process.poll() is None, f"it ended before its first checkpoint: {said.read_text()}"
             time.sleep(0.01)
         target = moment.randint(steps(folder), last)
         while steps(folder) < target:
-            assert process.poll() is None, f"the run ended before step {target}"
+            assert process.poll() is None, f"it ended before step {target}: {said.read_text()}"
             time.sleep(0.01)
         time.sleep(moment.random() * 0.03)
     finally:

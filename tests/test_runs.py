@@ -123,6 +123,20 @@ def test_resume_needs_the_same_run(tmp_path):
         begin(tmp_path / "run", resume=True)
 
 
+def test_settings_that_only_say_when_to_stop_may_change(tmp_path):
+    begin(tmp_path).close()
+    longer = Config(rate=2.0, inner=Inner(clip=3.0))
+
+    def again(*free: str) -> None:
+        Run.create(tmp_path, command=COMMAND, config=longer, seed=3, resume=True, free=free).close()
+
+    with pytest.raises(UserError, match=r"inner\.clip was 'inf' and is 3\.0 now"):
+        again("rate")
+    assert json.loads((tmp_path / CONFIG).read_text())["rate"] == 1e-3
+    again("rate", "inner.clip")
+    assert json.loads((tmp_path / CONFIG).read_text()) == plain(longer), "the folder says what holds now"
+
+
 def test_unwritable_places_are_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "run"):
@@ -282,6 +296,7 @@ def test_sb3_tags_give_entropy_both_signs():
         "train/clip_fraction": 5.0,
     }
     assert sb3_tags({"kl": 1.0}) == {"train/kl": 1.0}
+    assert sb3_tags({"return": 1.0, "length": 2.0}) == {"rollout/ep_rew_mean": 1.0, "rollout/ep_len_mean": 2.0}
 
 
 def test_progress_off_a_terminal_prints_first_last_and_every_so_often(monkeypatch):

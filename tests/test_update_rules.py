@@ -39,7 +39,7 @@ TWINS = {
         lambda p: torch.optim.Adam(p, lr=RATE, betas=(0.8, 0.95), eps=1e-3),
     ),
     "adamw": (
-        Adam(AdamConfig(weight_decay=0.1)),
+        Adam(AdamConfig(eps=1e-8, weight_decay=0.1)),
         lambda p: torch.optim.AdamW(p, lr=RATE, weight_decay=0.1),
     ),
 }

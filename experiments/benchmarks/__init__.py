@@ -1,0 +1,3 @@
+from pathlib import Path
+
+DEFAULT_OUT = Path("experiments/results/bench.json")

@@ -149,6 +149,7 @@ class Lifetimes:
         self.fixed_tasks = tasks is not None
         agent = algorithm.make_agent(family.observation_space, family.action_space)
         self.population = Population(agent, lifetimes, dtype).to(device)
+        # stop: initial state
         self.optimizer_state = algorithm.slots.optimizer.initial_state(self.population.theta.detach())
         self.memory = {k: v.to(device) for k, v in algorithm.initial_memory(lifetimes).items()}
         self.age = torch.zeros(lifetimes, device=device)
@@ -263,6 +264,7 @@ class Lifetimes:
 
     def state_dict(self) -> Tree:
         """Tensors only; loading them continues to the same numbers."""
+        # stop: saved values
         named = {"theta": self.population.theta.detach(), "obs": self.obs, "age": self.age, "life": self.life}
         named |= {"horizon": self.horizon, "running": self.episodes.running, "generator": self.generator.get_state()}
         named |= {f"hyper/{k}": v for k, v in vars(self.hyper).items() if isinstance(v, Tensor)}

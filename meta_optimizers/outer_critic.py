@@ -60,6 +60,7 @@ class OuterCritic:
         agent = make_agent(config.agent, family.observation_space, None, value=True)
         self.population = Population(agent, lifetimes, dtype).to(device)
         rule = Adam()
+        # stop: initial state
         self._inner = PlainInner(self.population, rule, rule.initial_state(self.population.theta.detach()))
         self.restart(torch.ones(lifetimes, dtype=torch.bool, device=device), torch.zeros(lifetimes, dtype=torch.int64))
 

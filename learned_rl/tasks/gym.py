@@ -51,9 +51,19 @@ def _register_minatar(env_id: str) -> None:
         minatar.register_envs()
 
 
+def _brightest(space: Space) -> int:
+    """By what observations are divided: agents read images of bytes as shares of full brightness."""
+    return 255 if isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 else 1
+
+
 def _is_planes(space: Space) -> bool:
-    """Boolean planes with channels last, as MinAtar observes."""
-    return isinstance(space, Box) and space.dtype == np.bool_ and len(space.shape) == 3
+    """Planes with channels last: boolean ones, as MinAtar observes, or an image of bytes.
+
+    An image whose first axis is shorter than its last (stacked grey frames) has its channels first already.
+    """
+    if not isinstance(space, Box) or len(space.shape) != 3:
+        return False
+    return bool(space.dtype == np.bool_ or (space.dtype == np.uint8 and space.shape[2] <= space.shape[0]))
 
 
 def _observation_space(space: Space, env_id: str) -> Space:
@@ -65,7 +75,7 @@ def _observation_space(space: Space, env_id: str) -> Space:
             f"'{env_id}' observes a {type(space).__name__} space where Box or Discrete was expected: "
             "register it wrapped in gymnasium.wrappers.FlattenObservation"
         )
-    low, high = space.low.astype(np.float32), space.high.astype(np.float32)
+    low, high = (bound.astype(np.float32) / np.float32(_brightest(space)) for bound in (space.low, space.high))
     return Box(low.transpose(2, 0, 1), high.transpose(2, 0, 1)) if _is_planes(space) else Box(low, high)
 
 
@@ -82,8 +92,8 @@ class GymFamily(TaskFamily):
     """A registered environment: `GymFamily("CartPole-v1")`, or `gym/CartPole-v1` where a family is named.
 
     Tasks are `{"seed": int64 [n]}`: only the random numbers differ between tasks. Observations: Box as float32 with
-    unchanged values (boolean planes `[H, W, C]` become `[C, H, W]`), Discrete as int64 counted from 0. Actions: Box or
-    Discrete counted from 0; Box actions are passed on unclipped.
+    unchanged values (boolean planes `[H, W, C]` become `[C, H, W]`; so do images of bytes, divided by 255), Discrete as
+    int64 counted from 0. Actions: Box or Discrete counted from 0; Box actions are passed on unclipped.
 
     Args:
         preset:            a gymnasium id, `module:id`, or one of MinAtar's (`MinAtar/Breakout-v1`; optional extra).
@@ -123,8 +133,8 @@ class GymFamily(TaskFamily):
 class GymVectorEnv(VectorEnv):
     """`N = P * copies` copies of a gymnasium environment with the interface of `TaskVectorEnv`.
 
-    Copy `b` of a lifetime is seeded from `(seed, restarts, task seed, b)` when made, so its stream never depends on the
-    other lifetimes. A gymnasium environment cannot be saved in general: see `load_state_dict`.
+    Copy `i` of all N is seeded from `(seed, restarts, task seed, i)`: lifetimes on one task have randomness of their own,
+    and what one does never changes what another draws. A gymnasium environment cannot be saved in general: see `load_state_dict`.
     """
 
     def __init__(
@@ -147,7 +157,7 @@ class GymVectorEnv(VectorEnv):
             **family.make_kwargs,
         )
         source, target = self.env.single_observation_space, self.env.single_action_space
-        self._planes = _is_planes(source)
+        self._planes, self._brightest = _is_planes(source), _brightest(source)
         self._dtype = torch.int64 if isinstance(source, Discrete) else torch.float32
         self._first_observation = int(source.start) if isinstance(source, Discrete) else 0
         self._first_action = int(target.start) if isinstance(target, Discrete) else 0
@@ -162,6 +172,8 @@ class GymVectorEnv(VectorEnv):
     def _observed(self, array: np.ndarray) -> Tensor:
         """A tensor of its own, since the vector environment reuses its array."""
         obs = torch.from_numpy(array).to(self.device, self._dtype, copy=True)
+        if self._brightest > 1:
+            obs /= self._brightest
         if self._planes:
             return obs.permute(0, 3, 1, 2).contiguous()
         return obs - self._first_observation if self._first_observation else obs
@@ -191,6 +203,7 @@ class GymVectorEnv(VectorEnv):
         return self._last, {}
 
     def step(self, actions: Tensor):
+        # stop: what environments take is data
         array = actions.detach().cpu().numpy().astype(self._action_dtype, copy=False)
         if self._first_action:
             array = array + self._first_action

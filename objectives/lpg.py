@@ -83,11 +83,12 @@ class LPG(Objective):
         inputs = 5 + c.see_gamma + 2 * c.lifetime
         self.phi = nn.Sequential(nn.Linear(c.predictions, c.embedding), nn.ReLU(), nn.Linear(c.embedding, 1))
         self.core = CORES[c.core](inputs, c.width)
-        self.policy_head = nn.Linear(c.width, 1)
+        self.policy_head = nn.Linear(c.width, 1, bias=not c.standardize)  # standardising would take a bias away again
         self.prediction_head = nn.Linear(c.width, c.predictions)
         for head in (self.policy_head, self.prediction_head):
             nn.init.normal_(head.weight, std=1 / math.sqrt(c.width))
-            nn.init.zeros_(head.bias)
+            if head.bias is not None:
+                nn.init.zeros_(head.bias)
 
     def settings(self, tabular: bool) -> dict[str, Any]:
         """The paper's: one gradient step on 20 steps of 64 environments; SGD on tables, Adam on networks."""

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 
-def features_first_linear(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    """weight [O, I] and bias [O] on x [T, I, n]: [T, O, n], without the copies that `weight @ x` makes."""
-    return torch.baddbmm(bias[None, :, None], weight.expand(len(x), -1, -1), x)
+def features_first_linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """weight [O, I] and bias [O], if any, on x [T, I, n]: [T, O, n], without the copies that `weight @ x` makes."""
+    weights = weight.expand(len(x), -1, -1)
+    return torch.bmm(weights, x) if bias is None else torch.baddbmm(bias[None, :, None], weights, x)
 
 
 class ReverseCore(nn.Module, ABC):

@@ -261,7 +261,7 @@ def test_every_weight_has_a_meta_gradient(kind, config):
     for name, grad in zip(names, meta_gradient(given), strict=True):
         assert grad is not None, f"nothing depends on {name}"
         assert bool(grad.isfinite().all()), f"the gradient of {name} is not finite"
-        assert bool((grad != 0).any()), f"the gradient of {name} is zero"
+        assert grad.abs().max() > 1e-10, f"the gradient of {name} is zero"  # or what rounding leaves of it
 
 
 @every

@@ -20,6 +20,7 @@ from learned_rl.evaluation import (
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.tasks.chains import ChainFamily
 from learned_rl.tasks.grids import GridFamily
+from learned_rl.types import stream_seed
 
 
 def test_iqm_by_hand():
@@ -97,8 +98,9 @@ def test_episode_returns_equal_a_slow_loop():
     tasks = family.sample(P, _stream(1))
     table, policy = fixed_policy(family, P, 2)
     fast = episode_returns(policy, family, tasks, episodes, seed=5, greedy=True)
-    env = family.make(tasks, episodes, 5)
-    obs, _ = env.reset(seed=5)
+    env_seed = stream_seed("evaluation environment", 5) % 2**31
+    env = family.make(tasks, episodes, env_seed)
+    obs, _ = env.reset(seed=env_seed)
     total, over = [0.0] * env.num_envs, [False] * env.num_envs
     while not all(over):
         action = torch.stack([table[i // episodes, obs[i]].argmax() for i in range(env.num_envs)])

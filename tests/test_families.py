@@ -110,18 +110,42 @@ def test_new_tasks_leave_the_other_lifetimes_alone(cls, preset):
     env = make(family)
     env.reset()
     record(env, random_actions(env, 3))
-    before = env.state_dict()
+    before, present = env.state_dict(), env._observe()
+    undisturbed = family.make(family.sample_split("test", P), B, seed=99)
+    undisturbed.load_state_dict(before)
     fresh = family.sample_split("validation", 1)
     obs = env.set_tasks(torch.tensor([1]), fresh)
     after = env.state_dict()
 
     changed = torch.arange(P * B) // B == 1
-    for key in before.keys() - {"generator"}:
+    for key in before.keys() - {"generator", "restart_generator"}:
         assert torch.equal(before[key][~changed], after[key][~changed]), key
+    assert torch.equal(before["generator"], after["generator"])
     for key, value in fresh.items():
         assert torch.equal(env.task[key][changed], value.expand(B, *value.shape[1:])), key
     assert env.elapsed[changed].eq(0).all()
-    assert torch.equal(obs, env._observe())
+    assert torch.equal(obs, env._observe()) and torch.equal(obs[~changed], present[~changed])
+    actions = random_actions(env, 100, seed=1)
+    ours, theirs = record(env, actions), record(undisturbed, actions)
+    assert all(torch.equal(a[:, ~changed], b[:, ~changed]) for a, b in zip(ours, theirs, strict=True))
+    assert not all(torch.equal(a[:, changed], b[:, changed]) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_restarts_draw_on_and_a_restored_environment_draws_the_same():
+    """Restarts on one and the same task begin differently, after a save too."""
+    family = ControlFamily("cartpole")
+    env, task = make(family), family.sample_split("validation", 1)
+    starts = [env.set_tasks(torch.tensor([1]), task)[B : 2 * B]]
+    saved = env.state_dict()
+    starts.append(env.set_tasks(torch.tensor([1]), task)[B : 2 * B])
+    env.load_state_dict(saved)
+    again = env.set_tasks(torch.tensor([1]), task)[B : 2 * B]
+    assert not (starts[0] == starts[1]).any() and torch.equal(starts[1], again)
+    first, other = env.reset(seed=8)[0], make(family)
+    other.reset(seed=8)
+    restarted = env.set_tasks(torch.tensor([1]), task)
+    assert torch.equal(restarted, other.set_tasks(torch.tensor([1]), task))
+    assert not (first == restarted)[B : 2 * B].any()
 
 
 @pytest.mark.parametrize(("cls", "preset"), EVERY)

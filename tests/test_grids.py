@@ -254,8 +254,6 @@ def test_new_tasks_of_some_lifetimes_leave_the_others_untouched(preset):
     stream(env, 10), stream(twin, 10)
     changed = torch.tensor([3, 1])
     obs = env.set_tasks(changed, fresh)
-    if family.source.random:
-        twin._begin(torch.zeros(20, dtype=torch.bool))  # set_tasks draws the new starts
     kept = torch.tensor([0, 2])[:, None] * 5 + torch.arange(5)
     assert torch.equal(obs[kept.flatten()], twin._observe()[kept.flatten()])
     whole = {key: value.clone() for key, value in tasks.items()}

@@ -10,6 +10,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from learned_rl import PPO, PPOConfig
+from learned_rl.agents import AgentConfig, ConvAgent
 from learned_rl.tasks.gym import DEFAULT_TIME_LIMIT, GymFamily, GymVectorEnv
 from learned_rl.types import UserError
 
@@ -46,9 +48,9 @@ def register():
     """Registers environments for one test."""
     ids = []
 
-    def add(name: str, observation_space: spaces.Space, action_space: spaces.Space, end: int = 1000, limit=None) -> str:
-        kwargs = {"observation_space": observation_space, "action_space": action_space, "end": end}
-        gymnasium.register(name, entry_point=Counter, kwargs=kwargs, max_episode_steps=limit)
+    def add(name: str, observes: spaces.Space, acts: spaces.Space, end: int = 1000, limit=None, kind=Counter) -> str:
+        kwargs = {"observation_space": observes, "action_space": acts, "end": end}
+        gymnasium.register(name, entry_point=kind, kwargs=kwargs, max_episode_steps=limit)
         ids.append(name)
         return name
 
@@ -90,7 +92,7 @@ def test_transitions_are_the_single_environments():
     singles = [gymnasium.make("CartPole-v1") for _ in range(P * B)]
     present = env._observe()
     for i, single in enumerate(singles):
-        entropy = (3, 0, int(env.task["seed"][i]), i % B)
+        entropy = (3, 0, int(env.task["seed"][i]), i)
         first, _ = single.reset(seed=int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         assert present[i].tolist() == first.tolist()
     env.action_space.seed(0)
@@ -152,12 +154,48 @@ def test_spaces_that_count_from_elsewhere_are_shifted(register):
     assert terminated.all() and obs.tolist() == [0] * 6 and info["final_obs"].tolist() == [3] * 6
 
 
-def test_integer_images_keep_their_values(register):
-    name = register("Test/Image-v0", spaces.Box(0, 255, (4, 4, 3), np.uint8), spaces.Box(-1, 1, (2,)))
+class Picture(Counter):
+    """Byte `[i, j, k]` of an observation is `steps + weights . (i, j, k)`: every pixel has a value of its own."""
+
+    WEIGHTS = (37, 9, 2)
+
+    def _obs(self):
+        place = np.indices(self.observation_space.shape)
+        return (np.tensordot(self.WEIGHTS, place, 1) + self.steps).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((4, 5, 3), (2, 0, 1)), ((2, 3, 5), (0, 1, 2)), ((4, 4, 4), (2, 0, 1))])
+def test_images_are_shares_of_brightness_with_channels_first(register, shape, layout):
+    """Channels last are moved; where the first axis is shorter than the last, they come first already."""
+    name = register("Test/Image-v0", spaces.Box(0, 255, shape, np.uint8), spaces.Discrete(2), limit=3, kind=Picture)
     family = GymFamily(name)
-    assert family.observation_space == spaces.Box(0, 255, (4, 4, 3), np.float32)
+    moved = tuple(shape[i] for i in layout)
+    assert family.observation_space == spaces.Box(0, 1, moved, np.float32)
+    env = make(family)
+    obs, _, _, _, final_obs = record(env, 7)
+    place = np.tensordot(Picture.WEIGHTS, np.indices(shape), 1).transpose(layout)
+    for found, steps in ((obs, [1, 2, 0, 1, 2, 0, 1]), (final_obs, [1, 2, 3, 1, 2, 3, 1])):
+        assert found.shape == (7, P * B, *moved) and found.dtype == torch.float32
+        for row, count in zip(found, steps, strict=True):
+            assert np.array_equal(row.numpy(), np.broadcast_to(np.float32(place + count) / np.float32(255), row.shape))
+    assert all(env.observation_space.contains(row.numpy()) for row in obs)
+
+
+def test_a_flat_box_of_bytes_is_no_image(register):
+    name = register("Test/Ram-v0", spaces.Box(0, 255, (4,), np.uint8), spaces.Box(-1, 1, (2,)))
+    family = GymFamily(name)
+    assert family.observation_space == spaces.Box(0, 255, (4,), np.float32)
     obs, *_ = record(make(family), 7)
     assert obs.dtype == torch.float32 and obs[..., 0].unique().tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_ppo_takes_images(register):
+    """The convolution reads what the family makes of an image."""
+    name = register("Test/Image-v0", spaces.Box(0, 255, (5, 6, 3), np.uint8), spaces.Discrete(2), limit=4, kind=Picture)
+    ppo = PPO(f"gym/{name}", PPOConfig(n_envs=2, n_steps=4, n_minibatches=1, agent=AgentConfig(hidden=(8,)))).learn(16)
+    agent = ppo.lifetimes.population.agent
+    assert isinstance(agent, ConvAgent) and agent.planes == (3, 5, 6)
+    assert ppo.lifetimes.population.theta.isfinite().all()
 
 
 def test_returned_observations_do_not_change_later():
@@ -195,10 +233,21 @@ def test_new_tasks_leave_the_other_lifetimes_alone():
 
 
 def test_a_lifetime_does_not_depend_on_its_neighbours():
+    """Neither on how many there are, nor on their tasks."""
     family = GymFamily("CartPole-v1")
     tasks = family.sample_split("train", P)
-    alone = family.make({"seed": tasks["seed"][1:]}, B, seed=3)
-    assert torch.equal(alone.reset()[0], make(family).reset()[0][B:])
+    alone = family.make({"seed": tasks["seed"][:1]}, B, seed=3)
+    assert torch.equal(alone.reset()[0], make(family).reset()[0][:B])
+    other = family.make({"seed": tasks["seed"] + torch.tensor([5, 0])}, B, seed=3)
+    ours, theirs = record(make(family), 60), record(other, 60)
+    assert same([x[:, B:] for x in ours], [x[:, B:] for x in theirs])
+    assert not same([x[:, :B] for x in ours], [x[:, :B] for x in theirs])
+
+
+def test_lifetimes_on_one_task_have_randomness_of_their_own():
+    """And so have the copies of one lifetime."""
+    env = GymFamily("CartPole-v1").make({"seed": torch.tensor([4, 4])}, B, seed=3)
+    assert len(env._observe().unique(dim=0)) == 2 * B
 
 
 def test_loading_warns_and_begins_new_episodes():
@@ -210,12 +259,29 @@ def test_loading_warns_and_begins_new_episodes():
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     other, again = make(family, seed=8), make(family, seed=9)
     with pytest.warns(UserWarning, match="new episodes"):
-        other.load_state_dict(state)
+        begun = other.load_state_dict(state)
     with pytest.warns(UserWarning, match="new episodes"):
-        again.load_state_dict(state)
+        assert torch.equal(again.load_state_dict(state), begun)
+    assert torch.equal(other._observe(), begun)
     assert torch.equal(other.task["seed"], env.task["seed"])
     assert not (other._observe() == first).all(-1).any()
     assert same(record(other, 30), record(again, 30))
+
+
+def test_a_resumed_ppo_goes_on_from_fresh_episodes():
+    """What the agents see next, and the running returns, belong to the new episodes and not to the broken-off ones."""
+    config = PPOConfig(n_envs=2, n_steps=5, n_minibatches=1, agent=AgentConfig(hidden=(4,)))
+    one, two = (PPO("gym/CartPole-v1", config, seeds=2, seed=s) for s in (0, 1))
+    one.learn(20)
+    assert one.lifetimes.episodes.running.any()
+    with pytest.warns(UserWarning, match="new episodes"):
+        two.load_state_dict(one.state_dict())
+    fresh = two.lifetimes.env._observe().unflatten(0, (2, 2))
+    assert torch.equal(two.lifetimes.obs, fresh)
+    assert not (fresh == one.lifetimes.obs).all(-1).any() and (fresh.abs() <= 0.05).all()  # where CartPole begins
+    assert not two.lifetimes.episodes.running.any()
+    trajectory = two.lifetimes.collect(two.lifetimes.plain())
+    assert torch.equal(trajectory.obs[0], fresh)
 
 
 def test_random_agents_score_as_they_should():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from learned_rl.component import Hyper, Hyperparameters, NoConfig, lifetime_mean
+from learned_rl.component import Auxiliary, Hyper, Hyperparameters, NoConfig, lifetime_mean
 from learned_rl.defaults import PPOClip
 from learned_rl.inner_loop import GraphInner, PlainInner
 from learned_rl.lifetimes import Lifetimes
@@ -204,6 +204,41 @@ def test_plain_and_graph_updates_agree(kind, rule):
         thetas.append(unrolled(agents, config, Slots.fill(config), inner_type=inner_type).theta.detach())
     assert_close(*thetas, rtol=1e-12, atol=1e-13)
     assert not torch.equal(thetas[0], experience.population(kind, value=True).theta)
+
+
+class LeakyAuxiliary(Auxiliary):
+    """Its target is the agents' own output, which it does not detach."""
+
+    name, Config = "leaky", NoConfig
+
+    def heads(self, action_space):
+        return {"guess": 1}
+
+    def prepare(self, trajectory, out, context):
+        return {"target": out.policy.log_prob(trajectory.action.new_zeros(out.policy.logits.shape[:-1]))[:-1]}
+
+    def loss(self, out, batch, hyper):
+        return lifetime_mean((out.heads["guess"].squeeze(-1) - batch["target"]).square())
+
+
+@pytest.mark.parametrize("minibatches", [1, 2])
+@pytest.mark.parametrize("linked", [False, True])
+def test_targets_of_an_auxiliary_are_constants_of_the_inner_gradient(linked, minibatches):
+    """Plain and in a window, whether or not the objective lets the outer gradient through its inputs."""
+    thetas = {}
+    for case in ("plain", "graph", "without"):
+        torch.manual_seed(4)
+        objective = LPG(predictions=4, width=5, stop_inputs=not linked).double()
+        hyper = Hyper(learning_rate=0.5, aux_coef=0.0 if case == "without" else 1.0, max_grad_norm=float("inf"))
+        config = PPOConfig(3, 5, n_epochs=2, n_minibatches=minibatches, optimizer="sgd", hyper=hyper)
+        slots = Slots.fill(config, objective=objective, auxiliary=LeakyAuxiliary())
+        agents = experience.population("tabular", {"prediction": 4, "guess": 1})
+        inner = unrolled(agents, config, slots, inner_type=GraphInner if case == "graph" else PlainInner)
+        thetas[case] = inner.theta.detach().unflatten(1, (experience.STATES, -1))
+    assert_close(thetas["plain"], thetas["graph"], rtol=1e-12, atol=1e-13)
+    guess = slice(-1, None)  # the last column of a table
+    assert (thetas["plain"] - thetas["without"])[..., guess].abs().max() > 1e-3
+    assert_close(thetas["plain"][..., :-1], thetas["without"][..., :-1], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("rule", ["momentum", "adam"])

@@ -10,11 +10,13 @@ from torch.testing import assert_close
 from learned_rl.component import NoConfig, Reward
 from learned_rl.defaults import PPOClip
 from learned_rl.inner_loop import GraphInner, PlainInner
-from learned_rl.lifetimes import EpisodeTracker, Lifetimes, stream
+from learned_rl.lifetimes import EpisodeTracker, Lifetimes
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.tasks.bandits import BanditFamily
+from learned_rl.tasks.control import ControlFamily
 from learned_rl.tasks.grids import GridFamily
 from learned_rl.trajectory import Trajectory
+from learned_rl.types import UserError, stream
 from meta_optimizers.agent_bandit import AgentBanditConfig
 from meta_optimizers.outer_critic import OuterCritic, OuterCriticConfig
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
@@ -150,7 +152,7 @@ def test_a_restart_touches_only_its_lifetime():
     assert torch.equal(after["running"][:, keep], before["running"][:, keep])
     assert after["age"][1] == 0 and after["life"][1] == 1 and not after["running"][:, 1].any()
     assert not any(after[f"optimizer/{k}"][1].any() for k in ("first", "second", "count"))
-    fresh = lifetimes.population.initial(stream("agent", 0, 1, 1))
+    fresh = lifetimes.population.initial(stream("agent", "train", 0, 1, 1))
     assert torch.equal(after["theta"][1], fresh) and not torch.equal(before["theta"][1], fresh)
     tasks = [k for k in before if k.startswith("env/task")]
     assert any(not torch.equal(after[k][~copies], before[k][~copies]) for k in tasks)
@@ -169,6 +171,43 @@ def test_a_restart_does_not_change_what_others_draw():
     for name in a:
         if name.startswith("env/task"):
             assert torch.equal(a[name][copies], b[name][copies])
+
+
+def test_a_restart_does_not_change_the_others_experience():
+    """Numbers where the physics and the first states are random, bit for bit."""
+    one, two = (ppo_lifetimes(family=ControlFamily("cartpole")) for _ in range(2))
+    for lifetimes in (one, two):
+        lifetimes.advance(lifetimes.plain())
+    one.restart(torch.tensor([True, False, False, True]))
+    ended = 0
+    for _ in range(5):
+        (a, _), (b, _) = (x.advance(x.plain()) for x in (one, two))
+        for name in ("obs", "action", "log_prob", "reward", "terminated"):
+            x, y = getattr(a.trajectory, name), getattr(b.trajectory, name)
+            assert torch.equal(x[:, 1:3], y[:, 1:3]), name
+        assert not torch.equal(a.trajectory.obs[:, 0], b.trajectory.obs[:, 0])
+        ended += int(a.trajectory.terminated[:, 1:3].sum())
+    assert ended > 0 and torch.equal(one.population.theta[1:3], two.population.theta[1:3])
+
+
+def test_the_sides_of_a_family_have_unrelated_agents_and_environments():
+    algorithm, family = Algorithm(AGENT, Slots.fill(AGENT)), ControlFamily("cartpole-default")
+    train, same, test, other = (
+        Lifetimes(family, algorithm, P, 5, seed, split=split)
+        for split, seed in (("train", 0), ("train", 0), ("test", 0), ("train", 1))
+    )
+    assert torch.equal(train.population.theta, same.population.theta) and torch.equal(train.obs, same.obs)
+    for lifetimes in (test, other):
+        assert not (lifetimes.obs == train.obs).any()
+        assert not (lifetimes.population.theta == train.population.theta).all(1).any()
+        draws = [torch.rand(20, generator=x.generator) for x in (same, lifetimes)]
+        assert not (draws[0] == draws[1]).any()
+
+
+def test_every_lifetime_needs_a_task():
+    tasks = grid().sample_split("test", P - 1)
+    with pytest.raises(UserError, match="3 tasks were given for 4 lifetimes"):
+        Lifetimes(grid(), Algorithm(AGENT, Slots.fill(AGENT)), P, 5, 0, tasks=tasks)
 
 
 def test_given_tasks_stay_through_a_restart():
@@ -407,7 +446,7 @@ def test_every_tensor_of_eta_gets_a_gradient_and_moves(core):
 
 def test_counters_and_bandit_of_the_trainer():
     t = trainer()
-    assert t.bandit.count.sum() == 0
+    assert t.bandit.count.tolist() == [1, 1, 1, 1]  # P first lifetimes, P arms: each untried arm once
     steps, arms = [], set(t.bandit.arm.tolist())
     for _ in range(6):
         steps.append(t.step())
@@ -417,7 +456,7 @@ def test_counters_and_bandit_of_the_trainer():
     assert t.restarts > 0 and any("final_return" in m for m in steps)
     rates = t.lifetimes.hyper.learning_rate
     assert rates.shape == (P, 1) and all(r in (pytest.approx(0.01), pytest.approx(0.1)) for r in rates.flatten())
-    assert t.bandit.count.sum() > 0
+    assert t.bandit.count.sum() == P + t.restarts
 
 
 def test_acting_follows_the_present_parameters():

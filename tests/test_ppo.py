@@ -51,6 +51,18 @@ class SameReward(Reward):
         return self.factor * trajectory.reward, {}
 
 
+class LearnedReward(SameReward):
+    """A learned multiple, which it also remembers."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiple = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, trajectory, context):
+        reward = self.multiple * trajectory.reward
+        return reward, {"sum": reward.sum((0, 2))}
+
+
 class DoubleReward(SameReward):
     factor = 2.0
 
@@ -61,6 +73,15 @@ class SameNumbers(Hyperparameters):
 
     def forward(self, base, trajectory, context):
         return base.replace(**self.changes), {}
+
+
+class LearnedStepSize(SameNumbers):
+    def __init__(self):
+        super().__init__()
+        self.rate = torch.nn.Parameter(torch.tensor(0.01))
+
+    def forward(self, base, trajectory, context):
+        return base.replace(learning_rate=self.rate), {}
 
 
 class Myopic(SameNumbers):
@@ -116,7 +137,7 @@ class PlainAdam(UpdateRule):
 
     def initial_state(self, theta):
         zeros = torch.zeros_like(theta)
-        return {"m": zeros, "v": zeros.clone(), "t": torch.zeros(len(theta), 1)}
+        return {"m": zeros, "v": zeros.clone(), "t": theta.new_zeros(len(theta), 1)}
 
     def update(self, grad, state, theta, learning_rate):
         t = state["t"] + 1
@@ -151,7 +172,7 @@ def test_a_neutral_component_changes_nothing(slot, minibatches):
 
 
 def test_an_adam_written_out_again_changes_nothing():
-    assert_close(run(optimizer=PlainAdam())[0].theta, run()[0].theta, rtol=0, atol=1e-6)
+    assert_close(run(optimizer=PlainAdam())[0].theta, run()[0].theta, rtol=1e-10, atol=1e-12)
 
 
 def test_an_auxiliary_of_weight_zero_leaves_policy_and_value_alone():
@@ -419,10 +440,13 @@ def test_ratio_clipping_by_hand():
 
 
 def test_plain_updates_leave_no_graph_behind():
-    inner, record = run(reward=SameReward())
+    numbers = LearnedStepSize()
+    inner, record = run(reward=LearnedReward(), hyperparameters=numbers)
     assert not inner.theta.grad_fn and not any(v.requires_grad for v in inner.state.values())
     assert not any(v.requires_grad for v in record.batch.values())
     assert not any(v.requires_grad for v in record.metrics.values())
+    assert not any(v.requires_grad for v in record.memory.values())
+    assert numbers.rate.requires_grad and numbers.rate.grad is None
 
 
 # --- probes -------------------------------------------------------------------------------------------------------

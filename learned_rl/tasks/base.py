@@ -27,6 +27,8 @@ Split = Literal["train", "validation", "test"]
 def unknown(what: str, value: str, choices: Iterable[str]) -> UserError:
     """The error to raise for a name that is none of `choices`: one sentence that proposes the nearest."""
     choices = sorted(choices)
+    if not choices:
+        return UserError(f"unknown {what} '{value}': there is none")
     nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
     listed = ", ".join(choices) if len(choices) <= 16 else f"{len(choices)} choices"
     return UserError(f"unknown {what} '{value}': the nearest of {listed} is '{nearest}'")

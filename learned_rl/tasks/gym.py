@@ -133,8 +133,9 @@ class GymFamily(TaskFamily):
 class GymVectorEnv(VectorEnv):
     """`N = P * copies` copies of a gymnasium environment with the interface of `TaskVectorEnv`.
 
-    Copy `i` of all N is seeded from `(seed, restarts, task seed, i)`: lifetimes on one task have randomness of their own,
-    and what one does never changes what another draws. A gymnasium environment cannot be saved in general: see `load_state_dict`.
+    Copy `i` of all N is seeded from `(seed, restarts, task seed, i)`: lifetimes on one task have randomness of their
+    own, and what one does never changes what another draws. A gymnasium environment cannot be saved in general: see
+    `load_state_dict`.
     """
 
     def __init__(

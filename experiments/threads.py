@@ -1,7 +1,7 @@
 """The one place where the number of threads is set.
 
-One intra-op thread: on idle cores a second one saves a quarter to two fifths of LPG's meta-step and costs PPO a seventh;
-as soon as anything else runs everything takes two to three times as long (`learned-rl bench threads`,
+One intra-op thread. On idle cores a second one saves a quarter to two fifths of LPG's meta-step and costs PPO a
+seventh; as soon as anything else runs everything takes two to three times as long (`learned-rl bench threads`,
 docs/benchmarks.md). Use cores by processes over lifetimes. Set LEARNED_RL_THREADS to choose otherwise.
 """
 

@@ -412,15 +412,22 @@ def test_an_interrupt_elsewhere_says_so(say, monkeypatch):
     assert say("list") == (130, "", "learned-rl: interrupted.\n")
 
 
-def test_the_second_interrupt_is_not_held_back():
-    before = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def interrupts():
+    """Python's own handler of Ctrl-C, also where the tests run in the background with Ctrl-C ignored."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+def test_the_second_interrupt_is_not_held_back(interrupts):
     with pytest.raises(KeyboardInterrupt), holding_interrupts() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second interrupt was held back")
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_interrupts_are_left_alone_outside_the_main_thread():

@@ -258,15 +258,16 @@ class Algorithm:
         return dataclasses.replace(trajectory, reward=shield(reward, 1)), hyper, memory, alive
 
     def _next_value(self, inner: Inner, trajectory: Trajectory, out: AgentOutput, alive: Tensor) -> Tensor:
-        """[T, P, B] value of the state each step led to: of the final observation where truncated."""
-        assert out.value is not None
-        value = out.value[1:]
-        if trajectory.final_obs is None:
+        """[T, P, B] value of the state each step led to, at the present parameters."""
+
+        def value_of(obs: Tensor) -> Tensor:
+            with torch.set_grad_enabled(inner.graph):
+                value = _revive(inner.agent(obs), alive, 1).value
+            assert value is not None
             return value
-        with torch.set_grad_enabled(inner.graph):
-            final = _revive(inner.agent(trajectory.final_obs), alive, 1).value
-        assert final is not None
-        return torch.where(trajectory.truncated, final, value)
+
+        assert out.value is not None
+        return trajectory.next_value(out.value, value_of)
 
     def _parts(
         self, inner: Inner, trajectory: Trajectory, rows: Batch, first: AgentOutput | None, generator: torch.Generator

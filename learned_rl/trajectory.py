@@ -8,8 +8,10 @@ bootstrapping; `truncated` does not: such a step bootstraps from `final_obs[t]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +42,17 @@ class Trajectory:
     def done(self) -> Tensor:
         """[T, P, B] bool: the episode ended at this step, for either reason."""
         return self.terminated | self.truncated
+
+    def next_value(self, value: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """[T, P, B] value of the state that each step led to: of its final observation where it was truncated.
+
+        Args:
+            value:    [T+1, P, B] V(obs).
+            value_of: V of other observations [T, P, B, ...]; called only where some step was truncated.
+        """
+        if self.final_obs is None:
+            return value[1:]
+        return torch.where(self.truncated, value_of(self.final_obs), value[1:])
 
     @property
     def steps(self) -> int:

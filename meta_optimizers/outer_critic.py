@@ -64,32 +64,25 @@ class OuterCritic:
         self._inner = PlainInner(self.population, rule, rule.initial_state(self.population.theta.detach()))
         self.restart(torch.ones(lifetimes, dtype=torch.bool, device=device), torch.zeros(lifetimes, dtype=torch.int64))
 
-    @torch.no_grad()
-    def _estimate(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-        """Advantages and value targets, both [T, P, B]."""
-        value = self.population(trajectory.obs).value
+    def _value(self, obs: Tensor) -> Tensor:
+        value = self.population(obs).value
         assert value is not None
-        next_value = value[1:]
-        if trajectory.final_obs is not None:
-            next_value = torch.where(trajectory.truncated, self.population(trajectory.final_obs).value, next_value)
-        tr, c = trajectory, self.config
+        return value
+
+    @torch.no_grad()
+    def judge(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+        """Advantages (normalised within each lifetime if configured) and value targets; constants [T, P, B]."""
+        tr, c, value = trajectory, self.config, self._value(trajectory.obs)
+        next_value = tr.next_value(value, self._value)
         advantage = gae(tr.reward, value[:-1], next_value, tr.terminated, tr.truncated, c.gamma, c.gae_lambda)
-        return advantage, advantage + value[:-1]
+        return normalise(advantage) if c.normalize else advantage, advantage + value[:-1]
 
-    def advantage(self, trajectory: Trajectory) -> Tensor:
-        """[T, P, B] generalised advantages, normalised within each lifetime if configured; constants."""
-        advantage, _ = self._estimate(trajectory)
-        return normalise(advantage) if self.config.normalize else advantage
-
-    def learn(self, trajectory: Trajectory) -> Tensor:
-        """Move towards the lambda-returns of a rollout; returns the first step's loss `[P]`."""
-        _, target = self._estimate(trajectory)
+    def learn(self, trajectory: Trajectory, target: Tensor) -> Tensor:
+        """Move towards the value targets `[T, P, B]` of a rollout; returns the first step's loss `[P]`."""
         hyper = Hyper(learning_rate=self.config.learning_rate, max_grad_norm=float("inf"))
         first = None
         for _ in range(self.config.epochs):
-            value = self._inner.agent(trajectory.obs[:-1]).value
-            assert value is not None
-            loss = lifetime_mean((value - target).square())
+            loss = lifetime_mean((self._value(trajectory.obs[:-1]) - target).square())
             self._inner.step(loss, hyper)
             first = loss.detach() if first is None else first  # stop: only to look at
         assert first is not None

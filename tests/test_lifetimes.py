@@ -403,7 +403,7 @@ def test_the_outer_critic_learns_and_every_parameter_moves(kind):
     space = family.observation_space
     tr = experience.trajectory(space, 0, T=20, dtype=torch.float32)
     tr = dataclasses.replace(tr, reward=tr.reward.float() + 1)
-    losses = torch.stack([critic.learn(tr) for _ in range(40)])
+    losses = torch.stack([critic.learn(tr, critic.judge(tr)[1]) for _ in range(40)])
     assert (losses[-1] < 0.7 * losses[0]).all()
     assert ((critic.population.theta - before) != 0).all()
 
@@ -417,7 +417,7 @@ def _numbers_family():
 def test_the_critic_s_advantages_are_normalised_constants():
     family = BanditFamily("bernoulli-5")
     critic = OuterCritic(OuterCriticConfig(), family, 2, 0, torch.device("cpu"), torch.float64)
-    advantage = critic.advantage(experience.trajectory(family.observation_space, 0, T=20))
+    advantage, _ = critic.judge(experience.trajectory(family.observation_space, 0, T=20))
     assert not advantage.requires_grad
     assert_close(advantage.mean((0, 2)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
     assert_close(advantage.std((0, 2)), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)

@@ -23,6 +23,8 @@ USAGE = """learned-rl: meta-learn the parts of a reinforcement-learning algorith
 
   learned-rl meta-train RECIPE      meta-train a component on a task family
   learned-rl train ENV              train PPO with learned parts, any number of seeds at once
+  learned-rl tune STUDY             search settings with Optuna, by any number of workers
+  learned-rl pbt ALGORITHM          population based training: a schedule in place of constants
   learned-rl evaluate FILE          a component beside tuned baselines on held-out tasks
   learned-rl report RUN...          tables and figures of finished runs, as one HTML page
   learned-rl show FILE              what a component is, what it was trained on, a picture of what it learned
@@ -46,21 +48,44 @@ def _operand(
 
 
 def _meta_train(words: list[str], command: list[str]) -> None:
+    from experiments.config_file import config_option, read_config
     from experiments.meta_train import MetaTrain, meta_train
     from experiments.recipes import get_recipe, recipes
 
     name, rest = _operand("meta-train", "recipe", words, recipes)
     recipe = get_recipe(name) if name else next(iter(recipes().values()))
-    args = parse(MetaTrain, f"meta-train {name or 'RECIPE'}", rest, MetaTrain(recipe))
+    file, rest = config_option(rest)
+    defaults = read_config(file, MetaTrain(recipe)) if file else MetaTrain(recipe)
+    args = parse(MetaTrain, f"meta-train {name or 'RECIPE'}", rest, defaults)
     print(f"component: {meta_train(args, command)}")
 
 
 def _train(words: list[str], command: list[str]) -> None:
+    from experiments.config_file import config_option, read_config
     from experiments.train import Train, suited, train
 
     env, rest = _operand("train", "gymnasium id or task family", words)
-    args = parse(Train, f"train {env or 'ENV'}", rest, suited(env, rest) if env else Train())
+    file, rest = config_option(rest)
+    defaults = suited(env, rest) if env else Train()
+    args = parse(Train, f"train {env or 'ENV'}", rest, read_config(file, defaults) if file else defaults)
     print(f"report: {train(env, args, command)}")
+
+
+def _tune(words: list[str], command: list[str]) -> None:
+    from experiments.tune import Tune, studies, tune
+
+    what, rest = _operand("tune", "study", words, studies)
+    args = parse(Tune, f"tune {what or 'STUDY'}", rest)
+    print(f"report: {tune(what, args, command)}")
+
+
+def _pbt(words: list[str], command: list[str]) -> None:
+    from experiments.pbt import Pbt, pbt
+    from experiments.tuning.agents import algorithms
+
+    algorithm, rest = _operand("pbt", "algorithm", words, algorithms)
+    args = parse(Pbt, f"pbt {algorithm or 'ALGORITHM'}", rest)
+    print(f"report: {pbt(algorithm, args, command)}")
 
 
 def _evaluate(words: list[str], command: list[str]) -> None:
@@ -142,6 +167,8 @@ def _bench(words: list[str], command: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str], list[str]], None]] = {
     "meta-train": _meta_train,
     "train": _train,
+    "tune": _tune,
+    "pbt": _pbt,
     "evaluate": _evaluate,
     "report": _report,
     "show": _show,
@@ -155,7 +182,7 @@ def speaking(program: str, saved: str = "the same command with --out {path} --re
     """Ends the program after a user's mistake or Ctrl-C with one sentence and an exit code.
 
     Args:
-        saved: what to say of an interrupted run whose folder is {path}.
+        saved: what to say of an interrupted run whose folder is {path}, unless the interrupt brings its own words.
     """
     try:
         yield
@@ -163,7 +190,7 @@ def speaking(program: str, saved: str = "the same command with --out {path} --re
         print(f"{program}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        then = [f" and saved; {saved.format(path=path)}" for path in interrupt.args]
+        then = [f" and saved; {x if isinstance(x, str) else saved.format(path=x)}" for x in interrupt.args]
         print(f"{program}: interrupted{''.join(then)}.", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output, such as `head`, has seen enough

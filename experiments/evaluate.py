@@ -10,24 +10,16 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import optuna
 import torch
-from gymnasium.spaces import Discrete
 
+from experiments.config_file import write_config
 from experiments.options import usable_device
-from experiments.report import (
-    Scores,
-    Unit,
-    append_scores,
-    learning_curve_figure,
-    print_table,
-    read_scores,
-    save_figure,
-    summary_table,
-    write_report,
-)
-from experiments.runs import SCORES, Progress, Run, default_folder, read_json
+from experiments.report import Scores, Unit, append_scores, conclude, read_scores
+from experiments.runs import SCORES, Progress, Run, default_folder
 from experiments.scores import Scorer
-from experiments.tuning import Tuned, tune
+from experiments.tuning.agents import HAND_MADE, NUMBERS, AgentSettings, AgentStudy, agent_space, competitor
+from experiments.tuning.study import Search, SearchConfig
 from learned_rl import artifacts
 from learned_rl.component import Objective
 from learned_rl.evaluation import iqm, learning_curves
@@ -35,11 +27,11 @@ from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import TaskFamily, unknown
 from learned_rl.types import UserError, at_least
-from objectives.dpo import DPO
 
-TUNED = "tuned.json"
+TUNED = "tuned"  # folder of each method's best settings, as `train --config` takes them
+STUDIES = "studies.db"
 FIGURE = Path("figures") / "learning_curves.png"
-BASELINES = ("a2c", "a2c-norm", "ppo", "dpo", "untrained")
+BASELINES = (*HAND_MADE, "untrained")
 
 
 @dataclass(frozen=True)
@@ -90,12 +82,9 @@ class Method:
     name: str
     config: PPOConfig
     objective: Objective | None
+    source: str | None
     horizon: int
     tuned: bool
-
-    def algorithm(self, **numbers: float) -> Algorithm:
-        config = dataclasses.replace(self.config, hyper=self.config.hyper.replace(**numbers))
-        return Algorithm(config, Slots.fill(config, objective=self.objective))
 
 
 def _objective(path: Path) -> Objective:
@@ -106,33 +95,36 @@ def _objective(path: Path) -> Objective:
     return learned
 
 
-def _methods(learned: Objective, family: TaskFamily, args: Evaluate) -> list[Method]:
+def _methods(learned: Objective, path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
     """The competitors, the learned one first."""
-    tabular = isinstance(family.observation_space, Discrete)
     config = PPOConfig.suited(learned, family.observation_space)
     updates = args.updates or _default_updates(learned)
     budget = updates * config.n_envs * config.n_steps
-    optimizer = "sgd" if tabular else "adam"
-    a2c = PPOConfig.a2c(n_envs=config.n_envs, n_steps=config.n_steps, optimizer=optimizer)
-    ppo = PPOConfig.suited(None, family.observation_space)
-    ppo = dataclasses.replace(ppo, n_envs=config.n_envs, n_steps=config.n_steps)
-    a2c = dataclasses.replace(a2c, hyper=a2c.hyper.replace(learning_rate=80.0)) if tabular else a2c
-    untrained = components()[learned.name].from_config(vars(learned.config))
-    assert isinstance(untrained, Objective)
-    known = {
-        "a2c": (a2c, None),
-        "a2c-norm": (dataclasses.replace(a2c, normalize_advantage=True), None),
-        "ppo": (ppo, None),
-        "dpo": (ppo, DPO()),
-        "untrained": (config, untrained),
-    }
-    chosen = [Method(learned.name, config, learned, updates, args.tune_learned)]
+    chosen = [Method(learned.name, config, learned, str(path), updates, args.tune_learned)]
     for name in dict.fromkeys(filter(None, args.baselines.split(","))):
-        if name not in known:
-            raise unknown("baseline", name, known)
-        settings, objective = known[name]
-        chosen.append(Method(name, settings, objective, budget // (settings.n_envs * settings.n_steps), True))
+        if name not in BASELINES:
+            raise unknown("baseline", name, BASELINES)
+        hand_made = name in HAND_MADE
+        settings, objective = competitor(name, family.observation_space) if hand_made else (config, _untrained(learned))
+        settings = dataclasses.replace(settings, n_envs=config.n_envs, n_steps=config.n_steps)
+        chosen.append(
+            Method(
+                name,
+                settings,
+                objective,
+                "dpo" if name == "dpo" else None,
+                budget // (settings.n_envs * settings.n_steps),
+                True,
+            )
+        )
     return chosen
+
+
+def _untrained(learned: Objective) -> Objective:
+    """The same component with fresh weights."""
+    fresh = components()[learned.name].from_config(vars(learned.config))
+    assert isinstance(fresh, Objective)
+    return fresh
 
 
 def _default_updates(learned: Objective) -> int:
@@ -149,7 +141,7 @@ def evaluate(path: Path, args: Evaluate, command: list[str]) -> Path:
         raise UserError(f"{path} does not say on which family it was trained: name one with --family.")
     family = make_family(name)
     torch.manual_seed(args.seed)  # initial weights of the untrained component
-    methods = _methods(learned, family, args)
+    methods = _methods(learned, path, family, args)
     out = args.out or default_folder("runs", f"evaluate-{name.replace('/', '-')}", args.seed)
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
     settings |= {"family": name, "file": str(path), "component": learned.name}
@@ -161,7 +153,7 @@ def evaluate(path: Path, args: Evaluate, command: list[str]) -> Path:
             session.compare(methods, session.tune(methods))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.path) from None  # what is finished was saved
-    return session.report(methods[1].name if len(methods) > 1 else None)
+    return conclude(out, FIGURE, methods[1].name if len(methods) > 1 else None, session.unit)
 
 
 class _Session:
@@ -178,38 +170,46 @@ class _Session:
         path = self.run.path / SCORES
         return read_scores(path) if path.exists() else []
 
-    def tune(self, methods: list[Method]) -> dict[str, Tuned]:
-        """Search the numbers of every method that is tuned, each with the same number of trials."""
-        args, file = self.args, self.run.path / TUNED
-        found = {k: Tuned(**v) for k, v in read_json(file).items()} if file.exists() else {}
-        if not args.trials:
-            return found
-        chosen = [method for method in methods if method.tuned]
-        scorer = Scorer(self.family, "validation", args.tuning_tasks, args.seed)
-        with Progress(args.trials * len(chosen), "trials", done=args.trials * len(found)) as progress:
+    def tune(self, methods: list[Method]) -> dict[str, PPOConfig]:
+        """Search the numbers of every method that is tuned, each with the same number of trials on the same tasks."""
+        args = self.args
+        chosen = [method for method in methods if method.tuned and args.trials]
+        found = {}
+        with Progress(args.trials * len(chosen), "trials") as progress:
             for i, method in enumerate(chosen):
-                if method.name in found:
-                    continue
 
-                def show(done: int, total: int, before: int = i * args.trials, name: str = method.name) -> None:
-                    progress.update(before + done, tuning=name)
+                def show(study: optuna.Study, before: int = i * args.trials, name: str = method.name) -> None:
+                    progress.update(before + len(study.get_trials(deepcopy=False)), tuning=name)
 
-                show(0, args.trials)
-                found[method.name] = tune(
-                    self.family,
-                    method.algorithm(),
-                    method.horizon,
-                    scorer.final,
-                    trials=args.trials,
-                    tasks=args.tuning_tasks,
-                    seed=args.seed,
-                    device=args.device,
-                    progress=show,
-                )
-                self.run.write_json(TUNED, found)
+                search = self._search(method)
+                search.run(show)
+                found[method.name] = search.best_settings().config
+                if method.name != "untrained":  # whose random weights no file holds
+                    about = f"{method.name} on {self.suite}: trial {search.best().number} of {args.trials}"
+                    write_config(self.run.path / TUNED / f"{method.name}.toml", search.best_settings(), about)
         return found
 
-    def compare(self, methods: list[Method], tuned: dict[str, Tuned]) -> None:
+    def _search(self, method: Method) -> Search:
+        """A method's study: its lives as long as those that are compared, its score what is compared at their end."""
+        args, space = self.args, self.family.observation_space
+        per_update = method.config.n_envs * method.config.n_steps
+        settings = AgentSettings(method.config, method.horizon * per_update, method.source)
+        agents = AgentStudy(
+            self.family,
+            method.name,
+            method.objective,
+            settings,
+            tasks=args.tuning_tasks,
+            checkpoints=1,
+            episodes=8,
+            seed=args.seed,
+            device=args.device,
+        )
+        study = agents.study(self.suite, agent_space(settings, method.objective, space, NUMBERS), test=False)
+        config = SearchConfig(trials=args.trials, pruner="none", seed=args.seed)
+        return Search(study, f"sqlite:///{self.run.path / STUDIES}", method.name, config)
+
+    def compare(self, methods: list[Method], tuned: dict[str, PPOConfig]) -> None:
         """Let every method's agents live, but for those whose scores are there already."""
         self.run.rewind(-1)  # a killed run may have saved scores without logging them
         for each in self.scores:
@@ -219,11 +219,10 @@ class _Session:
         with Progress(sum(m.horizon for m in methods), "updates", done=done) as progress:
             for method in methods:
                 if method.name not in finished:
-                    numbers = tuned[method.name].hyper if method.name in tuned else {}
-                    self._evaluate(method, numbers, progress, done)
+                    self._evaluate(method, tuned.get(method.name, method.config), progress, done)
                     done += method.horizon
 
-    def _evaluate(self, method: Method, numbers: dict[str, float], progress: Progress, done: int) -> None:
+    def _evaluate(self, method: Method, config: PPOConfig, progress: Progress, done: int) -> None:
         """Let one method's agents live, and save their scores."""
 
         def show(update: int, horizon: int) -> None:
@@ -232,7 +231,7 @@ class _Session:
         args, scorer = self.args, self.scorer
         curves = learning_curves(
             self.family,
-            method.algorithm(**numbers),
+            Algorithm(config, Slots.fill(config, objective=method.objective)),
             method.horizon,
             tasks=args.tasks,
             seeds=args.seeds,
@@ -252,9 +251,3 @@ class _Session:
         assert curves is not None
         for step, values in zip(curves.steps, curves.returns, strict=True):
             self.run.log(int(step), {f"eval/{each.method}": iqm(values)})
-
-    def report(self, baseline: str | None) -> Path:
-        """Print the table, draw the figure, write the page."""
-        print_table(summary_table(self.scores, baseline, self.unit), baseline, self.unit)
-        save_figure(learning_curve_figure(self.scores, self.unit), self.run.path / FIGURE)
-        return write_report([self.run.path], self.run.path / "report.html", baseline)

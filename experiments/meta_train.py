@@ -17,9 +17,10 @@ from experiments.report import metrics_figure, save_figure
 from experiments.runs import Checkpoint, Progress, Run, default_folder, plain
 from experiments.scores import Scorer
 from learned_rl import __version__, artifacts
-from learned_rl.evaluation import iqm, learning_curves
+from learned_rl.evaluation import Curves, iqm, learning_curves
 from learned_rl.lifetimes import under
 from learned_rl.registry import make_family
+from learned_rl.tasks.base import Split, TaskFamily
 from learned_rl.types import Tree, at_least
 from meta_optimizers.trainer import MetaTrainer
 
@@ -31,7 +32,8 @@ EXTENSIBLE = ("minutes", "meta_steps", "checkpoint_every")  # when to stop and t
 
 @dataclass(frozen=True)
 class MetaTrain:
-    """Meta-train a component on a task family."""
+    """Meta-train a component on a task family. --config FILE takes settings from a file, such as
+    the best.toml of `learned-rl tune`; options given beside it win."""
 
     recipe: Recipe
     """what to meta-train, on what, with which settings"""
@@ -84,19 +86,7 @@ class _Session:
         Returns their score at the end of life.
         """
         trainer, recipe = self.trainer, self.recipe
-        horizon = trainer.lifetimes.horizon_range[1]
-        curves = learning_curves(
-            self.family,
-            trainer.algorithm,
-            horizon,
-            tasks=recipe.validation_tasks,
-            seeds=1,
-            split="validation",
-            checkpoints=5,
-            episodes=8,
-            device=trainer.lifetimes.device,
-        )
-        scored = self.scorer(curves)
+        scored = self.scorer(fresh_lives(self.family, trainer, "validation", recipe.validation_tasks))
         final, area = iqm(scored.final), iqm(scored.area)
         score = (final + area) / 2
         self.validated = trainer.steps
@@ -143,6 +133,22 @@ class _Session:
         self.best, self.validated = float(saved["best"]), int(saved["validated"])
         self.elapsed = float(saved["elapsed"])
         self.run.rewind(self.trainer.steps)
+
+
+def fresh_lives(family: TaskFamily, trainer: MetaTrainer, split: Split, tasks: int, seed: int = 0) -> Curves:
+    """One fresh agent on each of some held-out tasks, with the component as it is now, to the end of its life."""
+    return learning_curves(
+        family,
+        trainer.algorithm,
+        trainer.lifetimes.horizon_range[1],
+        tasks=tasks,
+        seeds=1,
+        split=split,
+        seed=seed,
+        checkpoints=5,
+        episodes=8,
+        device=trainer.lifetimes.device,
+    )
 
 
 def meta_train(args: MetaTrain, command: list[str]) -> Path:

@@ -15,6 +15,7 @@ import io
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,22 @@ QUANTITY = {"score": "normalised score", "return": "return per episode"}
 BASELINE = "a2c"
 PANELS = 12  # of a run's training curves
 FIRST = ("inner/return", "eval/mean_reward", "meta/heldout_return", "meta/loss", "meta/grad_norm")
+TRIALS, BEST = "trials.csv", "best.toml"
+BEST_TRIALS, UNSHOWN = 10, ("state", "worker", "reason", "retry_of")  # rows of their table, and columns left out of it
+#: What the figures of a study show, in the order of the page; `figures/study_{name}.png` of a run's folder.
+STUDY_FIGURES = {
+    "history": "Every trial's score in the order of the trials, and the best so far. Crosses at the foot are trials "
+    "that were pruned, diverged or were infeasible; triangles lie outside of the picture.",
+    "importances": "How differently the better half of the completed trials and all of them are spread over each "
+    "parameter's range (PED-ANOVA; shares of one whole). What the search settled early has a short bar too.",
+    "slice": "Every completed trial over each of its parameters, in the range and on the scale that are searched. "
+    "Later trials are darker. A best trial at the edge of a range asks for a wider range.",
+    "parallel": "A line for each completed trial through its parameters; the better, the darker.",
+    "pareto": "What each trial gains and costs. No trial is better than those of the front in everything.",
+    "schedule": "The numbers that the best member of a population and its ancestors learned with, over those of all "
+    "other members.",
+    "curves": "What trials reported along the way. Grey lines end where a trial was pruned.",
+}
 
 
 @dataclass(frozen=True)
@@ -263,11 +280,11 @@ def print_table(
     (console or Console()).print(table)
 
 
-def _panels(n: int) -> tuple[Figure, list[Axes]]:
-    """A figure of `n` panels."""
-    columns = 2 if n == 4 else min(n, 3)
+def panels(n: int, columns: int = 3, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
+    """A figure of `n` panels, `columns` side by side at most, each of so many inches."""
+    columns = 2 if (n, columns) == (4, 3) else min(n, columns)
     rows = math.ceil(n / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.5))
+    figure = Figure(figsize=(width * columns, height * rows + 0.5))
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)  # inches
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for spare in axes[n:]:
@@ -275,9 +292,13 @@ def _panels(n: int) -> tuple[Figure, list[Axes]]:
     for ax in axes[:n]:
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure, axes[:n]
+
+
+def count_axis(ax: Axes) -> None:
+    """Whole numbers, large ones with a letter for thousands or millions, along a panel."""
+    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Figure:
@@ -289,7 +310,7 @@ def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Fi
     if not shown:
         raise UserError(f"No {unit} to draw: expected at least one method that was measured.")
     suites, labels = sorted({s.suite for s, _ in shown}), [*dict.fromkeys(s.label for s, _ in shown)]
-    figure, axes = _panels(len(suites))
+    figure, axes = panels(len(suites))
     handles: dict[str, Any] = {}
     for each, curves in shown:
         ax, i = axes[suites.index(each.suite)], labels.index(each.label)
@@ -298,6 +319,7 @@ def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Fi
         (handles[each.label],) = ax.plot(curves.steps, point, dash, color=colour, lw=1.8, marker="o"[len(point) > 1 :])
         ax.fill_between(curves.steps, low, high, color=colour, alpha=0.18, lw=0)
     for ax, suite in zip(axes, suites, strict=True):
+        count_axis(ax)
         ax.set(title=suite, xlabel="environment steps of one lifetime", ylabel=f"{QUANTITY[unit]} (IQM)")
     room = int(figure.get_figwidth() / (0.8 + 0.09 * max(map(len, labels))))  # inches of handle and letters
     figure.legend(
@@ -313,13 +335,14 @@ def metrics_figure(run_folder: Path) -> Figure:
         raise UserError(f"No metrics in {run_folder / METRICS}: expected a run that has logged at least one step.")
     order = sorted(found, key=lambda tag: (FIRST.index(tag) if tag in FIRST else len(FIRST), tag))
     outer = any(tag.startswith(("meta/", "es/")) for tag in found)
-    figure, axes = _panels(min(len(order), PANELS))
+    figure, axes = panels(min(len(order), PANELS))
     for ax, tag in zip(axes, order, strict=False):
         steps, values = found[tag]
         smooth = len(values) >= 50
         ax.plot(steps, values, color=COLOURS[0], alpha=0.3 if smooth else 1, lw=1, marker="" if len(steps) > 1 else "o")
         if smooth:
             ax.plot(steps, running_mean(values, len(values) // 25), color=COLOURS[0], lw=1.8)
+        count_axis(ax)
         ax.set(title=tag, xlabel="meta-updates" if outer else "environment steps")
     if len(order) > PANELS:
         figure.supxlabel(f"{PANELS} of {len(order)} logged numbers; the others are in {METRICS}", fontsize=9)
@@ -343,7 +366,11 @@ def save_figure(figure: Figure, path: Path) -> Path:
 def _embedded(figure: Figure) -> str:
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return _as_link(png.getvalue())
+
+
+def _as_link(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def _checked(folder: Path) -> Path:
@@ -367,7 +394,8 @@ def _described(folder: Path, out: Path) -> dict[str, Any]:
         text = {name: (folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in ("command", "git")}
     except OSError as error:
         raise UserError(f"Cannot read {error.filename}: {error.strerror}.") from error
-    files = [os.path.relpath(folder / name, out.parent) for name in (SCORES, METRICS) if (folder / name).exists()]
+    data = [folder / name for name in (SCORES, METRICS, TRIALS, BEST)]
+    files = [os.path.relpath(path, out.parent) for path in data if path.exists()]
     return text | {
         "name": folder.resolve().name,
         "seed": read_json(folder / "seed"),
@@ -375,7 +403,68 @@ def _described(folder: Path, out: Path) -> dict[str, Any]:
         "config": flatten(read_json(folder / CONFIG)),
         "files": [Path(file).as_posix() for file in files],
         "training": _embedded(metrics_figure(folder)) if _trained(folder) else None,
+        "study": _study(folder),
     }
+
+
+def _study(folder: Path) -> dict[str, Any] | None:
+    """What the page says about the trials of a study; None where the run was none."""
+    pictures = {folder / "figures" / f"study_{name}.png": caption for name, caption in STUDY_FIGURES.items()}
+    shown = [(_as_link(path.read_bytes()), caption) for path, caption in pictures.items() if path.exists()]
+    if not shown and not (folder / TRIALS).exists():
+        return None
+    return {"figures": shown, "ends": {}, "head": [], "rows": []} | _trials(folder)
+
+
+def _trials(folder: Path) -> dict[str, Any]:
+    """How many trials ended how, and the best ones as a table; nothing without a CSV of trials."""
+    path = folder / TRIALS
+    if not path.exists():
+        return {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            head, *rows = csv.reader(file)
+        trials = [dict(zip(head, row, strict=True)) for row in rows]
+        ended = Counter("completed" if t["state"] == "COMPLETE" else _reason(t["reason"]) for t in trials)
+        metric, complete = head[2], [t for t in trials if t["state"] == "COMPLETE"]
+        sign = 1 if read_json(folder / CONFIG).get("metrics", {}).get(metric) == "minimize" else -1
+        best = sorted(complete, key=lambda t: sign * float(t[metric]))[:BEST_TRIALS]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"Cannot read {path}, expected a table as `learned-rl tune` writes it: {error}.") from error
+    names = [name for name in head if name not in UNSHOWN and any(t[name] for t in best)]
+    last = Counter(name.rpartition(".")[2] for name in names)
+    short = [end if last[end := name.rpartition(".")[2]] == 1 else name for name in names]
+    ends = {kind: ended[kind] for kind in ("completed", "pruned", "diverged", "infeasible") if ended[kind]}
+    return {"ends": ends, "head": short, "rows": [[_rounded(t[name]) for name in names] for t in best]}
+
+
+def _reason(text: str) -> str:
+    """Why a trial has no score: its reason's first word, if that says more than that it was pruned."""
+    word = text.partition(":")[0]
+    return word if word in ("diverged", "infeasible") else "pruned"
+
+
+def _rounded(cell: str) -> str:
+    """The cell of a CSV, with four significant digits if it is a number with decimals."""
+    try:
+        value = float(cell)
+    except ValueError:
+        return cell
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+
+
+def conclude(folder: Path, figure: Path, baseline: str | None = None, unit: Unit | None = None) -> Path:
+    """Print the summary of a run's scores, draw them into the folder, and write its page; returns the page.
+
+    Args:
+        figure: where the learning curves go, within the folder.
+        unit:   None: normalised scores where there are any.
+    """
+    scores = read_scores(folder / SCORES)
+    unit = unit or ("score" if any(each.scores is not None for each in scores) else "return")
+    print_table(summary_table(scores, baseline, unit), baseline, unit)
+    save_figure(learning_curve_figure(scores, unit), folder / figure)
+    return write_report([folder], folder / "report.html", baseline)
 
 
 def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None) -> Path:

@@ -29,6 +29,7 @@ class Scorer:
         """Curves of scores on the tasks kept, [C, kept, seeds]."""
         return dataclasses.replace(curves, returns=curves.returns[:, self.kept] / self.best[self.kept, None])
 
-    def final(self, returns: Array) -> Array:
-        """[kept, n] scores of final returns [tasks, n]."""
-        return returns[self.kept] / self.best[self.kept, None]
+    def final(self, returns: Array, which: slice = slice(None)) -> Array:
+        """[kept, n] scores of final returns [tasks, n], of all tasks or of some."""
+        kept, best = self.kept[which], self.best[which]
+        return returns[kept] / best[kept, None]

@@ -12,18 +12,10 @@ import torch
 
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
-from experiments.report import (
-    append_scores,
-    learning_curve_figure,
-    print_table,
-    read_scores,
-    save_figure,
-    summary_table,
-    write_report,
-)
+from experiments.report import append_scores, conclude
 from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPO, PPOConfig, artifacts
-from learned_rl.component import Objective
+from learned_rl.component import SLOTS, Objective
 from learned_rl.evaluation import Curves
 from learned_rl.lifetimes import under
 from learned_rl.registry import make_family
@@ -35,10 +27,17 @@ FIGURE = Path("figures") / "learning_curve.png"
 
 @dataclass(frozen=True)
 class Train:
-    """Train PPO, with whatever is plugged into its slots."""
+    """Train PPO, with whatever is plugged into its slots. --config FILE takes settings from a file, such as
+    the best.toml of `learned-rl tune`; options given beside it win."""
 
     objective: str | None = None
     """component file, or a registered name such as dpo; default: PPO's own"""
+    reward: str | None = None
+    """component file or registered name for the reward slot; default: the environment's reward"""
+    hyperparameters: str | None = None
+    """component file (such as a schedule) or registered name for the hyperparameters slot; default: constants"""
+    auxiliary: str | None = None
+    """component file or registered name for the auxiliary slot; default: nothing"""
     optimizer: str | None = None
     """component file or registered name for the optimizer slot; default: the config's rule"""
     preset: str | None = None
@@ -75,7 +74,7 @@ class _Session:
 
     def __init__(self, env: str, args: Train) -> None:
         self.args = args
-        plugs = {"objective": args.objective, "optimizer": args.optimizer}
+        plugs = {slot: getattr(args, slot) for slot in SLOTS}
         self.agent = PPO(env, args.config, **plugs, seeds=args.seeds, seed=args.seed, device=args.device)  # type: ignore[arg-type]
         self.steps: list[int] = []
         self.returns: list[np.ndarray] = []  # [seeds] at each of the steps
@@ -145,10 +144,7 @@ def train(env: str, args: Train, command: list[str]) -> Path:
             save_if_interrupted()
     curves = Curves(np.array(session.steps), np.stack(session.returns)[:, None])
     append_scores(run.path / SCORES, env, method, curves, None)
-    scores = read_scores(run.path / SCORES)
-    print_table(summary_table(scores))
-    save_figure(learning_curve_figure(scores), run.path / FIGURE)
-    return write_report([run.path], run.path / "report.html")
+    return conclude(run.path, FIGURE)
 
 
 PRESETS = ("a2c",)

@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.nn.functional import conv2d, embedding
 
 from learned_rl.distributions import Categorical, ClippedGaussian, Distribution, SquashedGaussian
+from learned_rl.spaces import Choice, searched
 from learned_rl.types import UserError
 
 Weights = Mapping[str, Tensor]
@@ -320,13 +321,15 @@ class AgentConfig:
 
     kind: Literal["auto", "tabular", "mlp", "conv"] = "auto"
     """architecture; auto takes tabular for Discrete observations, conv for planes [C, H, W], else mlp"""
-    hidden: tuple[int, ...] = (64, 64)
+    hidden: tuple[int, ...] = field(
+        default=(64, 64), metadata=searched(Choice((32, 32), (64, 64), (128, 128), (256, 256)))
+    )
     """widths of the hidden layers, in units (conv: after the convolution)"""
-    activation: Activation = "tanh"
+    activation: Activation = field(default="tanh", metadata=searched(Choice("tanh", "relu")))
     """between layers"""
     channels: int = 16
     """channels of the convolution"""
-    shared: bool = False
+    shared: bool = field(default=False, metadata=searched(Choice(False, True)))
     """one trunk for policy and value (mlp)"""
     gaussian: Literal["squashed", "clipped"] = "squashed"
     """continuous actions: Gaussian squashed by tanh, or clipped at the bounds"""

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_rl.agents import AgentOutput
+from learned_rl.spaces import LogOneMinus, LogUniform, searched
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, UserError, at_least
 
@@ -43,25 +44,25 @@ LEARNABLE = {"learnable": True}
 class Hyper:
     """The numbers of one update. Each is a float for all lifetimes or a tensor [P, 1] with one for each."""
 
-    learning_rate: Scalar = field(default=3e-4, metadata=LEARNABLE)
+    learning_rate: Scalar = field(default=3e-4, metadata=LEARNABLE | searched(LogUniform(3e-5, 3e-2)))
     """step size of the agent's update rule"""
-    gamma: Scalar = field(default=0.99, metadata=LEARNABLE)
+    gamma: Scalar = field(default=0.99, metadata=LEARNABLE | searched(LogOneMinus(1e-3, 0.1)))
     """discount per environment step"""
-    gae_lambda: Scalar = field(default=0.95, metadata=LEARNABLE)
+    gae_lambda: Scalar = field(default=0.95, metadata=LEARNABLE | searched(LogOneMinus(1e-3, 1.0)))
     """trace decay of the advantage per environment step"""
-    clip_range: Scalar = field(default=0.2, metadata=LEARNABLE)
+    clip_range: Scalar = field(default=0.2, metadata=LEARNABLE | searched(LogUniform(0.05, 0.5)))
     """how far the probability ratio may move from 1"""
     clip_range_vf: Scalar | None = field(default=None, metadata=LEARNABLE)
     """how far the value may move in one update, in units of return; None: freely"""
-    ent_coef: Scalar = field(default=0.0, metadata=LEARNABLE)
+    ent_coef: Scalar = field(default=0.0, metadata=LEARNABLE | searched(LogUniform(1e-5, 0.1)))
     """weight of the policy's entropy (nats) in the loss"""
-    vf_coef: Scalar = field(default=0.5, metadata=LEARNABLE)
+    vf_coef: Scalar = field(default=0.5, metadata=LEARNABLE | searched(LogUniform(0.05, 2.0)))
     """weight of the value loss"""
-    prediction_coef: Scalar = field(default=0.5, metadata=LEARNABLE)
+    prediction_coef: Scalar = field(default=0.5, metadata=LEARNABLE | searched(LogUniform(0.05, 2.0)))
     """weight of an objective's own prediction loss (LPG's alpha_y)"""
     aux_coef: Scalar = field(default=1.0, metadata=LEARNABLE)
     """weight of the auxiliary slot's loss"""
-    max_grad_norm: Scalar = field(default=0.5, metadata=LEARNABLE)
+    max_grad_norm: Scalar = field(default=0.5, metadata=LEARNABLE | searched(LogUniform(0.01, 10.0)))
     """bound on the norm of one agent's gradient; inf: none"""
 
     def __post_init__(self) -> None:

@@ -17,7 +17,6 @@ from scipy.stats import trim_mean
 from torch import Tensor
 
 from learned_rl.agents import AgentOutput
-from learned_rl.component import Hyper
 from learned_rl.lifetimes import Lifetimes, rollout
 from learned_rl.ppo import Algorithm
 from learned_rl.tasks.base import Split, TaskFamily
@@ -84,6 +83,23 @@ class Curves:
         return np.trapezoid(self.returns, self.steps, axis=0) / (self.steps[-1] - self.steps[0])
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where fresh agents stand at one moment of their lives.
+
+    Attributes:
+        steps:   environment steps of one lifetime so far.
+        share:   of the lifetime that is over, from 0 to 1.
+        returns: [tasks, seeds] mean return of the present policy's fresh episodes.
+        alive:   [tasks, seeds] bool: the agent's parameters are finite.
+    """
+
+    steps: int
+    share: float
+    returns: Array
+    alive: Array
+
+
 def repeat_tasks(tasks: Tasks, times: int) -> Tasks:
     """Every task `times` times in a row."""
     return {k: v.repeat_interleave(times, 0) for k, v in tasks.items()}
@@ -94,46 +110,50 @@ def learning_curves(
     algorithm: Algorithm,
     horizon: int,
     *,
-    tasks: int = 64,
+    tasks: int | Tasks = 64,
     seeds: int = 4,
     split: Split = "test",
     seed: int = 0,
     checkpoints: int = 10,
     episodes: int = 32,
-    hyper: Hyper | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    watch: Callable[[Checkpoint], None] | None = None,
 ) -> Curves:
     """Let `tasks * seeds` fresh agents live, and play fresh episodes at `checkpoints + 1` moments of their lives.
 
     Args:
         horizon:  agent updates in a lifetime.
-        tasks:    held-out tasks, drawn from `split` with `seed`.
+        tasks:    held-out tasks; a number draws them from `split` with `seed`.
         seeds:    agents on each task.
         episodes: fresh episodes of each agent at each checkpoint.
-        hyper:    numbers [P, 1] of each lifetime (P = tasks * seeds, seeds fastest); None: the configured ones.
         progress: called with (updates done, horizon).
+        watch:    called at every checkpoint; what it raises ends these lives.
     """
-    drawn = repeat_tasks(family.sample_split(split, tasks, seed), seeds)
-    lifetimes = Lifetimes(
-        family, algorithm, tasks * seeds, horizon, seed, tasks=drawn, split=split, hyper=hyper, device=device
-    )
+    drawn = family.sample_split(split, tasks, seed) if isinstance(tasks, int) else tasks
+    n = len(next(iter(drawn.values())))
+    drawn = repeat_tasks(drawn, seeds)
+    lifetimes = Lifetimes(family, algorithm, n * seeds, horizon, seed, tasks=drawn, split=split, device=device)
+    per_update = algorithm.config.n_steps * algorithm.config.n_envs
     inner = lifetimes.plain()
     marks = np.unique(np.linspace(0, horizon, checkpoints + 1).round().astype(int))
-    returns = []
+    returns: list[Array] = []
     for update in range(horizon + 1):
         if update in marks:
-            policy = lifetimes.population.bind(inner.theta.detach(), policy_only=True)  # stop: acting makes data
+            theta = inner.theta.detach()  # stop: acting makes data
+            policy = lifetimes.population.bind(theta, policy_only=True)
             # The same episodes' seed at every checkpoint and for every method: common random numbers.
-            returns.append(episode_returns(policy, family, drawn, episodes, seed + 1, device=device))
+            found = episode_returns(policy, family, drawn, episodes, seed + 1, device=device)
+            returns.append(found.cpu().double().numpy().reshape(n, seeds))
+            if watch is not None:
+                alive = theta.isfinite().all(1).cpu().numpy().reshape(n, seeds)
+                watch(Checkpoint(update * per_update, update / horizon, returns[-1], alive))
         if update < horizon:
             lifetimes.advance(inner)
         if progress is not None:
             progress(update, horizon)
     lifetimes.env.close()
-    per_update = algorithm.config.n_steps * algorithm.config.n_envs
-    values = torch.stack(returns).unflatten(1, (tasks, seeds)).cpu().double().numpy()
-    return Curves(marks * per_update, values)
+    return Curves(marks * per_update, np.stack(returns))
 
 
 def iqm(scores: Array) -> float:

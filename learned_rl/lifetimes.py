@@ -205,7 +205,7 @@ class Lifetimes:
         self.population.theta.copy_(theta)
         self.memory = {k: v.detach() for k, v in self.memory.items()}  # stop: the window's end
 
-    # --- restarts ----------------------------------------------------------------------------------------------
+    # --- restarts and copies -----------------------------------------------------------------------------------
 
     def finished(self) -> Tensor:
         """[P] bool: lifetimes whose updates are spent."""
@@ -248,6 +248,26 @@ class Lifetimes:
         for name, value in fresh.items():
             self.optimizer_state[name] = self.optimizer_state[name].clone()
             self.optimizer_state[name][p] = value[0]
+
+    @torch.no_grad()
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Let the agents at `target [k]` go on as copies of those at `source [k]`, all at once.
+
+        A copy takes over weights, optimizer state, component memory, age and horizon, and the rows [P, 1] of `hyper`.
+        Task, environments, running episodes and random streams stay the target's own. Between updates only: a plain
+        inner loop goes on from the copies, a window does not see them.
+
+        Args:
+            source, target: indices of lifetimes; the targets are distinct.
+        """
+        rows = torch.arange(len(self), device=self.device)
+        rows[target.to(self.device)] = source.to(self.device)
+        self.population.theta.copy_(self.population.theta[rows])
+        for name, value in self.optimizer_state.items():
+            self.optimizer_state[name] = value[rows]
+        self.memory = {k: v[rows] for k, v in self.memory.items()}
+        self.age, self.horizon = self.age[rows], self.horizon[rows]
+        self.hyper = self.hyper.replace(**{k: v[rows] for k, v in vars(self.hyper).items() if isinstance(v, Tensor)})
 
     def _draw_tasks(self, lifetimes: Iterable[int]) -> Tasks:
         draws = [self.family.sample(1, stream(self.split, self.seed, p, int(self.life[p]))) for p in lifetimes]

@@ -31,6 +31,7 @@ from learned_rl.component import (
 )
 from learned_rl.defaults import Constants, ConstantsConfig, EnvironmentReward, NoAuxiliary, PPOClip, PPOClipConfig
 from learned_rl.inner_loop import Inner
+from learned_rl.spaces import Choice, Integers, PowersOfTwo, searched
 from learned_rl.trajectory import Trajectory, flatten_time
 from learned_rl.types import Tree, UserError, at_least
 from learned_rl.update_rules import RULES
@@ -40,19 +41,19 @@ from learned_rl.update_rules import RULES
 class PPOConfig:
     """Settings of one agent's learning algorithm."""
 
-    n_envs: int = 8
+    n_envs: int = field(default=8, metadata=searched(PowersOfTwo(1, 64)))
     """B: parallel copies of the environment in one lifetime"""
-    n_steps: int = 128
+    n_steps: int = field(default=128, metadata=searched(PowersOfTwo(16, 1024)))
     """T: environment steps of each copy between updates"""
-    n_epochs: int = 4
+    n_epochs: int = field(default=4, metadata=searched(Integers(1, 16, log=True)))
     """passes over the experience in one update"""
-    n_minibatches: int = 4
+    n_minibatches: int = field(default=4, metadata=searched(PowersOfTwo(1, 16)))
     """parts into which each pass is cut; each is one gradient step"""
-    optimizer: str = "adam"
+    optimizer: str = field(default="adam", metadata=searched(Choice("sgd", "momentum", "rmsprop", "adam")))
     """hand-made update rule, unless one is plugged in: sgd, momentum, rmsprop, adam"""
-    linear_decay: bool = False
+    linear_decay: bool = field(default=False, metadata=searched(Choice(False, True)))
     """let the learning rate fall linearly to zero over the lifetime"""
-    normalize_advantage: bool = True
+    normalize_advantage: bool = field(default=True, metadata=searched(Choice(False, True)))
     """normalise the advantages of each minibatch"""
     target_kl: float | None = None
     """stop a lifetime's update once its mean KL from the policy that acted exceeds this, in nats"""

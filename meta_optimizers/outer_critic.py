@@ -18,6 +18,7 @@ from learned_rl.defaults import normalise
 from learned_rl.inner_loop import PlainInner
 from learned_rl.lifetimes import under
 from learned_rl.returns import gae
+from learned_rl.spaces import LogOneMinus, LogUniform, PowersOfTwo, searched
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, at_least, stream
@@ -26,13 +27,13 @@ from learned_rl.update_rules import Adam, select_rows
 
 @dataclass(frozen=True)
 class OuterCriticConfig:
-    gamma: float = 0.99
+    gamma: float = field(default=0.99, metadata=searched(LogOneMinus(1e-3, 0.1)))
     """discount of the meta-loss per environment step"""
-    gae_lambda: float = 0.95
+    gae_lambda: float = field(default=0.95, metadata=searched(LogOneMinus(1e-3, 1.0)))
     """trace decay of the meta-loss's advantages"""
-    learning_rate: float = 0.05
+    learning_rate: float = field(default=0.05, metadata=searched(LogUniform(1e-3, 0.5)))
     """of the critic's Adam; tables like 0.05, networks 1e-3"""
-    epochs: int = 4
+    epochs: int = field(default=4, metadata=searched(PowersOfTwo(1, 16)))
     """gradient steps of the critic on each rollout"""
     normalize: bool = True
     """normalise advantages within each lifetime"""

@@ -9,6 +9,7 @@ import torch
 from learned_rl.component import Hyper, Objective
 from learned_rl.lifetimes import Lifetimes, under
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
+from learned_rl.spaces import LogUniform, searched
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.types import Tree, UserError, at_least, stream
 from meta_optimizers.agent_bandit import AgentBandit, AgentBanditConfig
@@ -30,9 +31,9 @@ class MetaTrainConfig:
     """P: agents that learn side by side"""
     horizon: int | tuple[int, int] = 150
     """agent updates in a lifetime; a pair (low, high) draws each log-uniformly"""
-    learning_rate: float = 1e-3
+    learning_rate: float = field(default=1e-3, metadata=searched(LogUniform(1e-4, 1e-2)))
     """of the outer Adam"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = field(default=0.5, metadata=searched(LogUniform(0.003, 3.0)))
     """bound on the norm of the meta-gradient"""
     agent: PPOConfig = field(default_factory=_agent_config)
     """the agents' algorithm around the learned part"""

@@ -24,6 +24,7 @@ from learned_rl.agents import AgentOutput
 from learned_rl.component import Metrics, Objective, lifetime_mean
 from learned_rl.lifetimes import Episodes, Lifetimes
 from learned_rl.ppo import UpdateRecord
+from learned_rl.spaces import Integers, LogUniform, searched
 from learned_rl.tasks.base import unknown
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import at_least
@@ -32,14 +33,14 @@ from meta_optimizers.outer_critic import OuterCritic
 
 @dataclass(frozen=True)
 class TruncatedConfig:
-    window: int = 5
+    window: int = field(default=5, metadata=searched(Integers(1, 20, log=True)))
     """K: agent updates that are differentiated through"""
     outer_terms: Literal["last", "every"] = "every"
     """which agents of the window are judged: the one that comes out of it, or the ones after every update; the latter
     costs no extra experience, since each update's data is fresh data of the update before"""
-    policy_entropy: float = 0.05
+    policy_entropy: float = field(default=0.05, metadata=searched(LogUniform(1e-3, 0.3)))
     """weight of the policy's entropy (raised, in nats) at the first meta-step"""
-    entropy_half_life: float = math.inf
+    entropy_half_life: float = field(default=math.inf, metadata=searched(LogUniform(100, 10_000)))
     """meta-steps in which that weight halves: early on it keeps policies from settling, later it blurs them"""
     regularisers: dict[str, float] = field(default_factory=dict)
     """weight of each of the objective's own regularisers in the meta-loss; negative raises the quantity"""

@@ -2,5 +2,6 @@
 
 from objectives.dpo import DPO
 from objectives.lpg import LPG, LPGConfig
+from objectives.schedule import Schedule, ScheduleConfig
 
-__all__ = ["DPO", "LPG", "LPGConfig"]
+__all__ = ["DPO", "LPG", "LPGConfig", "Schedule", "ScheduleConfig"]

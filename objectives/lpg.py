@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import gymnasium
@@ -38,6 +38,7 @@ from learned_rl.agents import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
 from learned_rl.defaults import normalise
 from learned_rl.distributions import softmax
+from learned_rl.spaces import PowersOfTwo, searched
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree
 from objectives.recurrence import CORES, features_first_linear
@@ -48,13 +49,13 @@ TINY = 1e-6  # unit of reward until the first one is seen
 
 @dataclass(frozen=True)
 class LPGConfig:
-    predictions: int = 30
+    predictions: int = field(default=30, metadata=searched(PowersOfTwo(4, 64)))
     """m: entries of the agent's prediction y"""
-    width: int = 256
+    width: int = field(default=256, metadata=searched(PowersOfTwo(16, 256)))
     """H: units of the recurrent core"""
     core: Literal["lstm", "gru"] = "lstm"
     """recurrent core: LSTM as in the paper, GRU as in groove"""
-    embedding: int = 16
+    embedding: int = field(default=16, metadata=searched(PowersOfTwo(4, 64)))
     """hidden units of phi, which embeds y as one number"""
     see_gamma: bool = True
     """whether the network reads the discount"""

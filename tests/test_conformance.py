@@ -25,6 +25,7 @@ from learned_rl.component import Component, Context, Hyper
 from learned_rl.ppo import Algorithm, Slots
 from learned_rl.registry import components, make_family
 from learned_rl.trajectory import Trajectory, flatten_time
+from objectives.schedule import Schedule, ScheduleConfig
 
 T, P, B = 6, 3, 4
 ACTIONS = Discrete(experience.ACTIONS)
@@ -35,6 +36,11 @@ NUMBERS = {"learning_rate": 0.01, "gamma": 0.9, "gae_lambda": 0.8, "clip_range":
 
 
 # --- which components, with which settings ------------------------------------------------------------------------
+
+#: Settings of components that do nothing as they come.
+MORE = {
+    Schedule: {"three pieces": ScheduleConfig((0.1, 0.18), {"gamma": (0.9, 0.8, 0.7), "ent_coef": (0.1, 0.0, 1.0)})}
+}
 
 
 def variants(kind: type[Component]) -> dict[str, typing.Any]:
@@ -49,7 +55,7 @@ def variants(kind: type[Component]) -> dict[str, typing.Any]:
         choices = (not value,) if isinstance(value, bool) else typing.get_args(hints[name])
         if isinstance(value, bool) or typing.get_origin(hints[name]) is typing.Literal:
             found |= {f"{name}={x}": dataclasses.replace(small, **{name: x}) for x in choices if x != value}
-    return found
+    return found | MORE.get(kind, {})
 
 
 def build(kind: type[Component], config: typing.Any, seed: int = 0) -> Component:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import tomllib
 from pathlib import Path
 
+import optuna
 import pytest
 
 import experiments.evaluate as module
 from experiments.cli import speaking
-from experiments.evaluate import FIGURE, TUNED, Evaluate, evaluate
+from experiments.config_file import read_config
+from experiments.evaluate import FIGURE, STUDIES, TUNED, Evaluate, evaluate
 from experiments.meta_train import ARTIFACT, MetaTrain, meta_train
 from experiments.meta_train import FIGURE as TRAINING
 from experiments.recipes import Recipe
@@ -19,10 +21,14 @@ from experiments.runs import CONFIG, METRICS, SCORES, plain, read_json, read_met
 from experiments.show import show
 from experiments.train import FIGURE as CURVE
 from experiments.train import Train, train
+from experiments.tuning.agents import AgentStudy
+from experiments.tuning.storage import open_storage
+from experiments.tuning.study import FINISHED
 from learned_rl import PPOConfig, artifacts
 from learned_rl.agents import AgentConfig
 from learned_rl.component import Hyper
 from learned_rl.evaluation import iqm
+from learned_rl.tasks.chains import ChainFamily
 from learned_rl.types import UserError
 from meta_optimizers.trainer import MetaTrainConfig
 from meta_optimizers.truncated import TruncatedConfig
@@ -65,30 +71,87 @@ def test_evaluate_leaves_what_every_run_leaves(tmp_path, file):
     assert (out / "report.html").read_text().count("data:image/png") == 2, "no training curves: nothing was trained"
 
 
-@pytest.mark.parametrize("moment", ["tune", "learning_curves"])
+def studies(out: Path) -> dict[str, list[optuna.trial.FrozenTrial]]:
+    """Method -> its finished trials."""
+    storage = open_storage(f"sqlite:///{out / STUDIES}")
+    names = optuna.get_all_study_names(storage)
+    return {name: optuna.load_study(study_name=name, storage=storage).get_trials(states=FINISHED) for name in names}
+
+
+def tuned(out: Path) -> dict[str, dict]:
+    """Method -> what its file says."""
+    return {path.stem: tomllib.loads(path.read_text()) for path in (out / TUNED).iterdir()}
+
+
+#: Where an evaluation is interrupted, as (owner, name of a method): whose calls bear the competitors' names.
+MOMENTS = {
+    "a trial": (AgentStudy, "evaluate", lambda args: args[0].algorithm),
+    "a comparison": (module, "learning_curves", lambda args: args[1].slots.objective.name),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_evaluate_resumes_with_what_is_left(tmp_path, file, monkeypatch, moment):
+    """Also in the middle of a study, whose finished trials are kept."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     evaluate(file, dataclasses.replace(SMALL, out=whole), ["evaluate"])
-    called, original = [], getattr(module, moment)
+    owner, name, method = MOMENTS[moment]
+    called, original = [], getattr(owner, name)
+    last = {"a trial": 2 + 2, "a comparison": 2}[moment]  # the second trial of the second method; the second method
 
     def counted(*args, **options):
-        called.append(args[1].slots.objective.name)
-        if len(called) == 2:
+        called.append(method(args))
+        if len(called) == last:
             raise KeyboardInterrupt
         return original(*args, **options)
 
-    monkeypatch.setattr(module, moment, counted)
+    monkeypatch.setattr(owner, name, counted)
     with pytest.raises(KeyboardInterrupt) as stop:
         evaluate(file, dataclasses.replace(SMALL, out=broken), ["evaluate"])
     assert stop.value.args == (broken,)
     with pytest.raises(UserError, match="already holds a run: pass --resume"):
         evaluate(file, dataclasses.replace(SMALL, out=broken), ["evaluate"])
     evaluate(file, dataclasses.replace(SMALL, out=broken, resume=True), ["evaluate"])
-    assert len(called) == 2 + 2 and called[2] == called[1] != called[0]
-    for name in (TUNED, SCORES, METRICS):
+    every = {"a trial": 2 * 3, "a comparison": 3}[moment]
+    assert len(called) == every + 1 and called[last] == called[last - 1], (
+        "only the one that was interrupted is repeated"
+    )
+    for name in (SCORES, METRICS):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert tuned(broken) == tuned(whole)
+    points = [{k: [t.params for t in trials] for k, trials in studies(out).items()} for out in (broken, whole)]
+    assert points[0] == points[1]
     evaluate(file, dataclasses.replace(SMALL, out=broken, resume=True), ["evaluate"])
-    assert len(called) == 4 and (broken / METRICS).read_bytes() == (whole / METRICS).read_bytes()
+    assert len(called) == every + 1 and (broken / METRICS).read_bytes() == (whole / METRICS).read_bytes()
+
+
+def test_every_method_has_as_many_trials(tmp_path, file):
+    out = tmp_path / "run"
+    evaluate(file, dataclasses.replace(SMALL, trials=3, out=out), ["evaluate"])
+    found = studies(out)
+    assert {name: len(trials) for name, trials in found.items()} == dict.fromkeys(METHODS, 3)
+    assert set(tuned(out)) == {"lpg", "a2c"}, "no file holds the untrained component's random weights"
+    searched = {name: set(trials[0].params) for name, trials in found.items()}
+    assert searched["lpg"] == searched["untrained"] == {"learning_rate", "max_grad_norm", "prediction_coef"}
+    assert searched["a2c"] == {"learning_rate", "max_grad_norm", "one_minus_gae_lambda", "ent_coef"}
+    assert all(trials[0].user_attrs["enqueued"] == "defaults" for trials in found.values())
+    for name, settings in tuned(out).items():
+        best = max(found[name], key=lambda t: t.value)
+        for number in ("learning_rate", "max_grad_norm"):
+            assert settings["config"]["hyper"][number] == best.params[number]
+
+
+def test_methods_are_tuned_on_other_tasks_than_those_they_are_compared_on(tmp_path, file, monkeypatch):
+    drawn: dict[str, list[int]] = {}
+    original = ChainFamily.sample_split
+
+    def noted(self, split, n, seed=0):
+        drawn.setdefault(split, []).append(n)
+        return original(self, split, n, seed)
+
+    monkeypatch.setattr(ChainFamily, "sample_split", noted)
+    evaluate(file, dataclasses.replace(SMALL, out=tmp_path / "run"), ["evaluate"])
+    assert {split: set(n) for split, n in drawn.items()} == {"validation": {2}, "test": {3}}
 
 
 def test_evaluate_does_not_mix_two_files(tmp_path, file):
@@ -163,10 +226,35 @@ def test_a_program_ends_with_one_sentence(capsys, error, code, said):
     assert end.value.code == code and capsys.readouterr().err == said
 
 
-def test_tuned_numbers_are_plain(tmp_path, file):
-    """Whoever reads `tuned.json` finds what `Hyper` is called with."""
+def test_what_is_compared_is_what_the_tuned_files_say(tmp_path, file, monkeypatch):
+    """Whoever gives such a file to `train` gets what was compared: algorithm, objective, length of life."""
+    compared = {}
+    original = module.learning_curves
+
+    def noted(family, algorithm, horizon, **options):
+        objective = algorithm.slots.objective.name
+        compared[objective if objective != "ppo_clip" else "a2c"] = (algorithm.config, horizon)
+        return original(family, algorithm, horizon, **options)
+
+    monkeypatch.setattr(module, "learning_curves", noted)
     out = tmp_path / "run"
+    args = dataclasses.replace(SMALL, baselines="a2c,dpo", trials=3, out=out)
+    evaluate(file, args, ["evaluate"])
+    assert set(compared) == {"lpg", "a2c", "dpo"}
+    objectives = {"lpg": str(file), "a2c": None, "dpo": "dpo"}
+    for name, (config, horizon) in compared.items():
+        found = read_config(out / TUNED / f"{name}.toml", Train())
+        assert found.config == config and found.objective == objectives[name]
+        assert found.steps == horizon * config.n_envs * config.n_steps == 4 * AGENT.n_envs * AGENT.n_steps
+    train("chain/short", dataclasses.replace(found, checkpoints=1, episodes=1, out=tmp_path / "trained"), ["train"])
+    assert read_json(tmp_path / "trained" / CONFIG)["config"] == plain(found.config)
+
+
+def test_without_trials_nothing_is_tuned(tmp_path, file):
+    for i, changes in enumerate(({"trials": 0}, {"baselines": "", "tune_learned": False})):
+        out = tmp_path / str(i)
+        evaluate(file, dataclasses.replace(SMALL, out=out, **changes), ["evaluate"])
+        assert not (out / TUNED).exists() and not (out / STUDIES).exists()
+    out = tmp_path / "baselines"
     evaluate(file, dataclasses.replace(SMALL, baselines="a2c", tune_learned=False, out=out), ["evaluate"])
-    found = json.loads((out / TUNED).read_text())
-    assert set(found) == {"a2c"} and found["a2c"]["trials"] == 2
-    assert set(Hyper().replace(**found["a2c"]["hyper"]).__dict__) == set(vars(Hyper()))
+    assert set(tuned(out)) == set(studies(out)) == {"a2c"}

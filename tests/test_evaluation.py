@@ -1,5 +1,7 @@
 """Scores and their intervals: hand numbers, coverage, and a slow loop over one environment at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -139,3 +141,49 @@ def test_learning_curves_of_a_probe_that_is_learned():
         family, Algorithm(config, Slots.fill(config)), 20, tasks=2, seeds=3, checkpoints=4, episodes=64
     )
     assert np.array_equal(curves.returns, again.returns)
+
+
+def lives(family, **options):
+    config = PPOConfig(n_envs=2, n_steps=4, hyper=Hyper(learning_rate=0.05))
+    return learning_curves(family, Algorithm(config, Slots.fill(config)), 6, seeds=2, episodes=4, **options)
+
+
+def test_learning_curves_on_given_tasks_are_those_on_drawn_ones():
+    family = ChainFamily()
+    drawn = lives(family, tasks=3, split="validation", seed=5, checkpoints=2)
+    given = lives(family, tasks=family.sample_split("validation", 3, 5), split="validation", seed=5, checkpoints=2)
+    assert np.array_equal(drawn.returns, given.returns) and drawn.steps.tolist() == given.steps.tolist()
+    assert drawn.returns.shape == (3, 3, 2)
+
+
+def test_learning_curves_can_be_watched():
+    seen = []
+    curves = lives(ChainFamily(), tasks=3, checkpoints=3, watch=seen.append)
+    assert [at.steps for at in seen] == curves.steps.tolist() == [0, 16, 32, 48]
+    assert [at.share for at in seen] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert all(np.array_equal(at.returns, returns) for at, returns in zip(seen, curves.returns, strict=True))
+    assert all(at.alive.shape == (3, 2) and at.alive.all() for at in seen)
+
+
+def test_who_watches_may_end_the_lives():
+    seen = []
+
+    def watch(at):
+        seen.append(at.steps)
+        if at.share > 0.4:
+            raise StopIteration
+
+    with pytest.raises(StopIteration):
+        lives(ChainFamily(), tasks=3, checkpoints=3, watch=watch)
+    assert seen == [0, 16, 32]
+
+
+def test_who_watches_sees_agents_that_broke():
+    """Steps so large that parameters overflow."""
+    config = PPOConfig(n_envs=2, n_steps=4, n_epochs=1, n_minibatches=1, optimizer="sgd")
+    family, seen = ProbeFamily("observed"), []
+    huge = dataclasses.replace(config, hyper=Hyper(learning_rate=1e38, max_grad_norm=float("inf"), vf_coef=1e38))
+    for settings in (config, huge):
+        algorithm = Algorithm(settings, Slots.fill(settings))
+        learning_curves(family, algorithm, 3, tasks=2, seeds=2, checkpoints=1, episodes=2, watch=seen.append)
+    assert [bool(at.alive.all()) for at in seen] == [True, True, True, False]

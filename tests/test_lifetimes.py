@@ -467,3 +467,63 @@ def test_acting_follows_the_present_parameters():
     tr = lifetimes.collect(inner)
     assert isinstance(tr, Trajectory) and (tr.action == 3).all()
     assert_close(tr.log_prob, torch.zeros_like(tr.log_prob))
+
+
+# --- copies -------------------------------------------------------------------------------------------------------
+
+
+def different_lifetimes():
+    """Lifetimes of other tasks, weights, optimizer states, memories, ages, horizons and step sizes."""
+    lifetimes = ppo_lifetimes(reward=Remembering(), horizon=(20, 200))
+    rates = torch.tensor([[0.01], [0.02], [0.03], [0.04]])
+    lifetimes.hyper = lifetimes.hyper.replace(learning_rate=rates)
+    for _ in range(3):
+        lifetimes.advance(lifetimes.plain())
+    lifetimes.age += torch.arange(P)
+    lifetimes.memory["reward/sum"] += torch.arange(P)
+    return lifetimes
+
+
+AGENT_STATE = ("theta", "age", "horizon", "hyper/", "optimizer/", "memory/")
+
+
+def test_a_copy_takes_over_the_agent_and_keeps_its_world():
+    lifetimes = different_lifetimes()
+    before = lifetimes.state_dict()
+    lifetimes.copy(torch.tensor([2, 1, 3]), torch.tensor([1, 3, 2]))  # all at once: 1 and 3 are overwritten and read
+    after = lifetimes.state_dict()
+    rows = [0, 2, 3, 1]
+    taken = [k for k in before if k.startswith(AGENT_STATE)]
+    assert {k.partition("/")[0] for k in taken} == {k.rstrip("/") for k in AGENT_STATE}
+    for name in taken:
+        assert torch.equal(after[name], before[name][rows]), name
+        # counts of steps are alike in all lifetimes; everything else tells them apart
+        assert name == "optimizer/count" or not torch.equal(after[name], before[name]), name
+    for name in before.keys() - set(taken):
+        assert torch.equal(after[name], before[name]), name
+
+
+def test_a_copy_behaves_as_its_parent_on_the_same_experience():
+    """Bit for bit, through an inner loop that was there before; with equal weights alone it does not."""
+    ends = {}
+    for kind in ("copied", "weights only", "left alone"):
+        lifetimes = different_lifetimes()
+        inner = lifetimes.plain()
+        if kind == "copied":
+            lifetimes.copy(torch.tensor([0]), torch.tensor([2]))
+        elif kind == "weights only":
+            lifetimes.population.theta.data[2] = lifetimes.population.theta.data[0]
+        for seed in range(3):
+            tr = experience.trajectory(lifetimes.family.observation_space, seed, T=6, P=P, actions=4)
+            tr = Trajectory(**{k: v.float() if v.is_floating_point() else v for k, v in _same(tr).items()})
+            lifetimes.advance(inner, tr)
+        state = lifetimes.state_dict()
+        ends[kind] = {k: torch.equal(v[0], v[2]) for k, v in state.items() if k.startswith(AGENT_STATE)}
+    assert all(ends["copied"].values())
+    assert not ends["weights only"]["theta"] and not ends["left alone"]["theta"]
+
+
+def _same(tr):
+    """Lifetime 2 lives through what lifetime 0 does."""
+    order = [0, 1, 0, 3]
+    return {k: v[:, order] for k, v in vars(tr).items()}

@@ -5,27 +5,39 @@ The pages also have to be complete: every setting of a documented method, and ev
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import math
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import cli
-from experiments.recipes import recipes
+from experiments.evaluate import Evaluate
+from experiments.pbt import Pbt
+from experiments.recipes import get_recipe, recipes
+from experiments.train import Train
+from experiments.tune import Tune
+from experiments.tuning.agents import AgentSettings, AgentStudy
+from experiments.tuning.outer import OuterStudy, outer_settings, outer_space
+from experiments.tuning.pbt import PBTConfig
 from learned_rl import PPO, PPOConfig, artifacts
+from learned_rl import spaces as spaces_module
 from learned_rl.component import Hyper
 from learned_rl.defaults import PPOClipConfig
 from learned_rl.registry import components, families
+from learned_rl.spaces import get, spaces
 from meta_optimizers.agent_bandit import AgentBanditConfig
 from meta_optimizers.outer_critic import OuterCriticConfig
 from meta_optimizers.trainer import MetaTrainConfig
 from meta_optimizers.truncated import TruncatedConfig
 from objectives.dpo import DPOConfig
 from objectives.lpg import LPG, LPGConfig
+from objectives.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -91,6 +103,38 @@ def test_the_readme_runs_as_printed(tmp_path, monkeypatch):
     assert all(bool(p.grad.abs().sum() > 0) for p in said["prediction"].parameters())
 
 
+# --- the code of the page about tuning -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_study_of_ones_own_runs_as_printed(tmp_path, monkeypatch):
+    own, from_python, other_settings = blocks(read("docs/tuning.md"), "python")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "16_384" in own and "trials=24" in from_python
+    (tmp_path / "drift.py").write_text(own.replace("16_384", "4_096"))  # four updates in place of sixteen
+
+    cli.COMMANDS["tune"](["drift.py", "--trials", "2"], ["learned-rl", "tune"])  # printed: twenty trials
+    assert {"best.toml", "trials.csv", "report.html"} <= {path.name for path in Path("runs/tune-drift").iterdir()}
+
+    said = {}
+    importlib.invalidate_caches()
+    try:
+        exec(from_python.replace("trials=24", "trials=3"), said)
+    finally:
+        sys.modules.pop("drift", None)
+    trials = said["trials"]
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+    assert trials[0].params == {"alpha": 2.0, "beta": 0.6}  # the first trial are the defaults
+    best = max(trials, key=lambda trial: trial.value)
+    assert (said["score"], said["alpha"]) == (best.value, best.params["alpha"])
+
+    exec(other_settings, said)
+    study = said["STUDY"]
+    assert (study.settings.config.n_envs, study.settings.config.linear_decay) == (16, True)
+    assert study.about["seeds"] == 4 and study.test is not None
+
+
 # --- commands and options --------------------------------------------------------------------------------------------
 
 
@@ -130,21 +174,34 @@ def test_every_command_is_on_its_page():
         assert f"learned-rl {command}" in page
 
 
-def test_options_in_the_text_of_the_page_exist():
+@pytest.mark.parametrize("page, least", [("docs/cli.md", 50), ("docs/tuning.md", 25)])
+def test_options_in_the_text_of_the_pages_exist(page, least):
     shown = [
         ["meta-train", "lpg-gridworld"],
         ["train", "CartPole-v1"],
+        ["tune", "ppo"],
+        ["pbt", "ppo"],
         ["evaluate", "FILE"],
         ["report"],
         ["show"],
         ["bench"],
     ]
     everything = "".join(_help(*words) for words in shown)
-    options = set(re.findall(r"`(--[a-z][a-z.-]*)", without_code(read("docs/cli.md"))))
-    assert len(options) > 20
+    ours, _, others = without_code(read(page)).partition("## For users of rl-zoo")
+    text = ours + re.sub(r"^\|.*? \|", "|", others, flags=re.MULTILINE)  # that table's first column is rl-zoo's
+    options = set(re.findall(r"`(--[a-z][a-z.-]*)", text))
+    assert len(options) > least
     for option in options:
         end = "" if option.endswith(".") else "[ ,\n]"  # `--config.*` stands for many
         assert re.search(re.escape(option) + end, everything), option
+
+
+@pytest.mark.parametrize("command", [Train, Tune, Pbt, Evaluate])
+def test_every_option_is_on_the_page(command):
+    page = read("docs/cli.md")
+    for option in dataclasses.fields(command):
+        name = option.name.replace("_", "-")
+        assert re.search(rf"`--(no-)?{name}[`. ]", page), f"docs/cli.md does not explain --{name}"
 
 
 # --- links and tables ------------------------------------------------------------------------------------------------
@@ -188,6 +245,7 @@ SETTINGS = {
     "docs/objectives/lpg.md": [LPGConfig],
     "docs/objectives/dpo.md": [DPOConfig],
     "docs/objectives/ppo_clip.md": [PPOClipConfig, PPOConfig, Hyper],
+    "docs/objectives/schedule.md": [ScheduleConfig, PBTConfig],
     "docs/meta_optimizers/truncated.md": [MetaTrainConfig, TruncatedConfig, OuterCriticConfig, AgentBanditConfig],
 }
 
@@ -221,3 +279,65 @@ def test_everything_that_meta_training_logs_is_explained():
     assert {"meta/loss", "inner/return", "inner/final_return"} <= logged
     for tag in logged | {"meta/heldout_return", "meta/heldout_area"}:
         assert f"`{tag}`" in text
+
+
+# --- every search space is in a table --------------------------------------------------------------------------------
+
+
+def table(first):
+    """Field -> other cells of its row, for the rows of docs/tuning.md whose field begins with a word."""
+    rows = re.findall(rf"^\| `({first}\.[^|]*?) \| (.*) \|$", read("docs/tuning.md"), flags=re.MULTILINE)
+    return {field.replace("`", ""): cells.split(" | ") for field, cells in rows}
+
+
+def printed(cell, **names):
+    """The spaces that a cell shows as code."""
+    kinds = {k: v for k, v in vars(spaces_module).items() if isinstance(v, type)}
+    return [eval(code, kinds | names | {"max": max}) for code in re.findall(r"`([A-Z][^`]*)`", cell)]
+
+
+def test_every_searched_field_of_agents_is_in_the_table_with_its_space():
+    shown, known = table("config"), spaces(AgentSettings())
+    assert list(shown) and set(shown) == set(known)
+    for field, (space, parameter, _) in shown.items():
+        assert printed(space)[0] == known[field], field
+        assert parameter.startswith(f"`{known[field].key(field.rpartition('.')[2])}`"), field
+    of_tables = printed(shown["config.hyper.learning_rate"][0])[1:]
+    studies = [AgentStudy.of(algorithm, "grid/small").study("grid/small") for algorithm in ("a2c", "ppo")]
+    assert of_tables == [study.spaces["config.hyper.learning_rate"] for study in studies]
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo", "a2c", "lpg"])
+def test_the_table_says_for_which_algorithms_a_field_is_searched(algorithm):
+    searched = AgentStudy.of(algorithm, "CartPole-v1").study("CartPole-v1").spaces
+    assert set(searched) == {field for field, cells in table("config").items() if algorithm in cells[2].split(", ")}
+
+
+def in_the_table_of_agents(field):
+    """What the table of agents calls a field of a recipe's agents, or of its critic's network."""
+    field = re.sub(r"^recipe\.train\.agent\.", "config.", field)
+    return re.sub(r"^recipe\.train\.critic\.agent\.", "config.agent.", field)
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_searched_field_of_a_recipe_is_in_the_table_with_its_space(recipe):
+    settings, agents, shown = outer_settings(get_recipe(recipe)), table("config"), table("recipe")
+    study = OuterStudy(settings).study()
+    for field, space in outer_space(settings).items():
+        value, row = get(settings, field), field
+        if field.startswith("recipe.train.estimator.regularisers."):
+            row = f"recipe.train.estimator.regularisers.*, w {'>' if value > 0 else '<'} 0"
+        if row not in shown:
+            assert printed(agents[in_the_table_of_agents(field)][0])[0] == space, field
+            assert field not in study.spaces
+            continue
+        cell, parameter, searched = shown[row]
+        assert space in printed(cell, w=value), field
+        assert (searched == "yes") == (field in study.spaces), field
+        name = dataclasses.replace(study, space={**study.spaces, field: space}).names()[field]
+        assert "*" in row or parameter.startswith(f"`{space.key(name)}`"), field
+
+
+def test_the_table_of_recipes_has_no_field_that_none_of_them_has():
+    known = {field for name in recipes() for field in outer_space(outer_settings(get_recipe(name)))}
+    assert {field for field in table("recipe") if "*" not in field} <= known

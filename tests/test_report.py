@@ -8,6 +8,8 @@ import math
 import os
 import re
 import struct
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -17,9 +19,12 @@ from matplotlib.colors import to_hex
 from rich.console import Console
 
 from experiments.report import (
+    BEST,
     COLOURS,
     COLUMNS,
     PANELS,
+    STUDY_FIGURES,
+    TRIALS,
     append_scores,
     learning_curve_figure,
     merge_scores,
@@ -324,6 +329,83 @@ def test_a_run_without_scores_or_metrics_still_has_a_report(tmp_path):
     begin(tmp_path / "run").close()
     text = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
     assert "No evaluation scores yet" in text and "Nothing was logged" in text
+
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+TABLE = [
+    "number,state,score,seconds,environment_steps,worker,reason,retry_of,agent.hidden,hyper.rate,lpg.rate,n_steps",
+    '0,COMPLETE,-0.5,1.23456789,20000.0,w,,,"[64, 64]",0.000123456,1,128',
+    "1,PRUNED,,0.5,,w,diverged: the loss is nan,,,0.5,1,64",
+    "2,PRUNED,,0.5,,w,pruned at report 3,,,0.5,1,64",
+    "3,PRUNED,,0.5,,w,infeasible: too large,,,0.5,1,64",
+    *(f'{k},COMPLETE,{k}.0,2.0,20000.0,w,,0,"[32, 32]",0.25,1,{2**k}' for k in range(4, 15)),
+]
+
+
+def a_study(folder: Path, table: list[str], config: dict) -> Path:
+    begin(folder, config=config).close()
+    (folder / TRIALS).write_text("\n".join(table) + "\n")
+    return folder
+
+
+def cells(page: str) -> list[list[str]]:
+    """Rows of the table of trials."""
+    table = page.partition('<table class="trials">')[2].partition("</table>")[0]
+    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table.split("<tr>")[1:]]
+
+
+def test_a_study_is_shown_with_its_figures_and_best_trials(tmp_path):
+    folder = a_study(tmp_path / "study", TABLE, {"metrics": {"score": "maximize"}})
+    (folder / BEST).write_text("")
+    (folder / "figures").mkdir()
+    for name in ("curves", "history"):
+        (folder / "figures" / f"study_{name}.png").write_bytes(PIXEL)
+    out = write_report([folder], tmp_path / "report.html")
+    text, page = out.read_text(), Links()
+    page.feed(text)
+    assert page.open == [] and page.links == ["study/trials.csv", "study/best.toml"]
+    assert [base64.b64decode(image.split(",")[1]) for image in page.images] == [PIXEL, PIXEL]
+    shown = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert shown == [STUDY_FIGURES[name].replace("'", "&#39;") for name in ("history", "curves")]
+    assert "15 trials ended: 12 completed, 1 pruned, 1 diverged, 1 infeasible. The best by score:" in text
+    assert "Nothing was logged" not in text and "No evaluation scores" not in text
+    head, *rows = cells(text)
+    settings = ["hidden", "hyper.rate", "lpg.rate", "n_steps"]  # the shortest names that tell them apart
+    assert head == ["number", "score", "seconds", "environment_steps", *settings]
+    assert [row[0] for row in rows] == [str(k) for k in range(14, 4, -1)]
+    assert rows[0] == ["14", "14", "2", "20000", "[32, 32]", "0.25", "1", "16384"]
+
+
+def test_the_best_trials_are_those_with_the_least_of_what_is_minimised(tmp_path):
+    folder = a_study(tmp_path / "study", TABLE[:2] + TABLE[-2:], {"metrics": {"score": "minimize"}})
+    _, first, *others = cells(write_report([folder], tmp_path / "report.html").read_text())
+    assert first == ["0", "-0.5", "1.235", "20000", "[64, 64]", "0.0001235", "1", "128"]
+    assert [row[0] for row in others] == ["13", "14"]
+
+
+def test_a_study_without_completed_trials_has_counts_but_no_table(tmp_path):
+    folder = a_study(tmp_path / "study", TABLE[:1] + TABLE[2:4], {})
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    assert "2 trials ended: 1 pruned, 1 diverged." in text and "The best by" not in text and cells(text) == []
+
+
+@pytest.mark.parametrize("table", [[], ["number,state"], [*TABLE[:2], "4,COMPLETE"], ["a,b,c", "1,2,3"]])
+def test_a_damaged_table_of_trials_is_one_sentence(tmp_path, table):
+    folder = a_study(tmp_path / "study", table, {})
+    with pytest.raises(UserError, match=r"Cannot read .*trials\.csv, expected a table"):
+        write_report([folder], tmp_path / "report.html")
+
+
+def test_the_report_of_a_study_needs_no_optuna(tmp_path):
+    a_study(tmp_path / "study", TABLE, {})
+    code = (
+        "import sys; from pathlib import Path; from experiments.report import write_report; "
+        f"write_report([Path({str(tmp_path / 'study')!r})], Path({str(tmp_path / 'report.html')!r})); "
+        "print('optuna' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path):

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments.config_file import write_config
 from experiments.options import usable_device
-from experiments.report import COLOURS, append_scores, conclude, panels, save_figure
+from experiments.report import COLOURS, append_scores, conclude, count_axis, panels, save_figure
 from experiments.runs import SCORES, Progress, Run, default_folder, plain
 from experiments.tuning.agents import AgentStudy, check_read
 from experiments.tuning.pbt import PBTConfig, PBTResult, population_based_training
@@ -175,5 +175,7 @@ def schedule_figure(result: PBTResult, spaces: dict[str, Space]) -> Figure:
     lineage = result.scores[np.arange(len(at)), at]
     axes[-1].plot(result.steps, lineage, color=COLOURS[1], lw=2, label="best member and its ancestors")
     axes[-1].set(title="score", xlabel="environment steps of one lifetime")
+    for ax in axes:
+        count_axis(ax)
     figure.legend(loc="outside lower center", frameon=False)
     return figure

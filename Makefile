@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
 
-demo: setup  ## meta-learn LPG for about ten minutes, evaluate it, plug it into PPO, write the report
+demo: setup  ## meta-learn LPG for four minutes, evaluate it, plug it into PPO, write the report
 	$(BIN)/python -m experiments.demo
 
 test: setup  ## the whole test-suite

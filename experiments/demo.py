@@ -1,4 +1,4 @@
-"""`make demo`: the whole path on real input in about ten minutes, through the same functions as the command line.
+"""`make demo`: the whole path on real input in less than ten minutes, through the same functions as the command line.
 
 Meta-learn LPG on random grid worlds, compare it with tuned A2C on held-out grids, plug it into PPO on an environment
 it never saw, and put everything into one report.
@@ -48,7 +48,7 @@ def demo(minutes: float, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=6.0, help="wall time of meta-training")
+    parser.add_argument("--minutes", type=float, default=4.0, help="wall time of meta-training")
     parser.add_argument("--out", type=Path, default=Path(f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}"))
     args = parser.parse_args()
     with speaking("demo", saved="what was finished lies in {path}"):

@@ -9,7 +9,6 @@ pruned ones included, however many workers came and went.
 from __future__ import annotations
 
 import math
-import secrets
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -243,13 +242,14 @@ class Search:
 
     def _open(self) -> optuna.Study:
         """The study, made unless it exists."""
-        options: dict[str, Any] = {"study_name": self.name, "storage": open_storage(self.url)}
-        options["pruner"] = make_pruner(self.config, self.study.rungs)
-        try:
-            directions = [*self.study.metrics.values()]
-            return optuna.create_study(**options, directions=directions, sampler=make_sampler(self.config))
-        except optuna.exceptions.DuplicatedStudyError:
-            return optuna.load_study(**options, sampler=make_sampler(self.config, joins=True))
+        return optuna.create_study(
+            study_name=self.name,
+            storage=open_storage(self.url),
+            directions=[*self.study.metrics.values()],
+            sampler=Sampling(self.config),
+            pruner=make_pruner(self.config, self.study.rungs),
+            load_if_exists=True,
+        )
 
     def _agree(self) -> None:
         """Note what the trials of this study have in common, or check that it is what they have."""
@@ -269,8 +269,7 @@ class Search:
 
     def _begin_with_defaults(self) -> None:
         """Let the defaults be tried first, and again where they failed for a reason that may have been mended."""
-        trials = self.optuna.get_trials(deepcopy=False)
-        if all(t.state == TrialState.FAIL for t in trials if t.user_attrs.get("enqueued") == DEFAULTS):
+        if not any(map(_tries_defaults, self.optuna.get_trials(deepcopy=False))):
             point = self.study.coordinates(self.study.settings)
             self.optuna.enqueue_trial(point, user_attrs={"enqueued": DEFAULTS})
 
@@ -356,6 +355,8 @@ class Search:
         earlier = self.optuna.get_trials(deepcopy=False)[: trial.number]
         if sum(t.state in (*FINISHED, TrialState.RUNNING) for t in earlier) >= self.config.trials:
             raise _SurplusError  # two workers asked for the last trial at once
+        if trial.user_attrs.get("enqueued") == DEFAULTS and any(map(_tries_defaults, earlier)):
+            raise _SurplusError  # two workers began the study at once
         events = TrialEvents(self.folder, trial.number) if self.folder is not None else None
         told = Trial(trial, self.config.pruner == "wilcoxon", len(self.study.metrics) == 1, events)
         began, found = time.perf_counter(), {}
@@ -418,14 +419,44 @@ class Search:
         return self.study.decode(self.best().params)
 
 
+def _tries_defaults(trial: FrozenTrial) -> bool:
+    """Whether it is, or will be, an answer for the defaults."""
+    return trial.user_attrs.get("enqueued") == DEFAULTS and trial.state != TrialState.FAIL
+
+
 class _SurplusError(Exception):
     """One trial more than the study is to have."""
 
 
-def make_sampler(config: SearchConfig, joins: bool = False) -> optuna.samplers.BaseSampler:
-    """The sampler; whoever joins a study that exists must not propose what others propose."""
-    seed = secrets.randbits(31) if joins else stream_seed("sampler", config.seed) % 2**31
-    startup = config.startup_trials
+class Sampling(optuna.samplers.BaseSampler):
+    """A sampler whose random numbers depend on its seed and the trial's number alone.
+
+    So no two workers propose the same, and a study that was interrupted proposes what it would have proposed.
+    """
+
+    def __init__(self, config: SearchConfig) -> None:
+        self._config, self._sampler = config, make_sampler(config, 0)
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._sampler = make_sampler(self._config, trial.number)
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        return self._sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, name: str, distribution: Any) -> Any:
+        return self._sampler.sample_independent(study, trial, name, distribution)
+
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
+        self._sampler.after_trial(study, trial, state, values)
+
+
+def make_sampler(config: SearchConfig, trial: int) -> optuna.samplers.BaseSampler:
+    """The sampler of the trial of that number."""
+    seed, startup = stream_seed("sampler", config.seed, trial) % 2**31, config.startup_trials
     if config.sampler == "tpe":
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup)
     if config.sampler == "gp":

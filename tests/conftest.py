@@ -1,4 +1,5 @@
 import pathlib
+import sys
 
 import pytest
 import torch
@@ -20,3 +21,37 @@ def golden():
         return {k: torch.as_tensor(v) for k, v in np.load(path).items()}
 
     return load
+
+
+@pytest.fixture
+def say(monkeypatch, capsys, tmp_path):
+    """Runs a command in an empty folder; returns (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")  # or tables would wrap what is looked for
+
+    def run(*words: str | pathlib.Path) -> tuple[int, str, str]:
+        from experiments.cli import main
+
+        monkeypatch.setattr(sys, "argv", ["learned-rl", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = 0 if end.code is None else int(end.code)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def refused(say):
+    """Runs a command that must fail as a user's mistake does; returns its sentence."""
+
+    def run(*words: str | pathlib.Path) -> str:
+        code, out, err = say(*words)
+        assert code == 2, f"exit code {code}: {out}{err}"
+        assert err.startswith("learned-rl: ") and err.count("\n") == 1 and "Traceback" not in err and "│" not in err
+        return err
+
+    return run

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.cli import COMMANDS, Bench, Report, Show, main
+from experiments.cli import COMMANDS, Bench, Report, Show
 from experiments.evaluate import BASELINES, Evaluate
 from experiments.interrupt import holding_interrupts
 from experiments.meta_train import ARTIFACT, MetaTrain
@@ -36,38 +36,6 @@ TINY = shlex.split(
     "--recipe.train.agent.n-envs 2 --recipe.train.agent.n-steps 5 --recipe.train.estimator.window 2 "
     "--recipe.meta-steps 4 --recipe.validate-every 2 --recipe.validation-tasks 4 --recipe.checkpoint-every 2"
 )
-
-
-@pytest.fixture
-def say(monkeypatch, capsys, tmp_path):
-    """Runs a command in an empty folder; returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")  # or tables would wrap what is looked for
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["learned-rl", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = 0 if end.code is None else int(end.code)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-@pytest.fixture
-def refused(say):
-    """Runs a command that must fail as a user's mistake does; returns its sentence."""
-
-    def run(*words: str | Path) -> str:
-        code, out, err = say(*words)
-        assert code == 2, f"exit code {code}: {out}{err}"
-        assert err.startswith("learned-rl: ") and err.count("\n") == 1 and "Traceback" not in err and "│" not in err
-        return err
-
-    return run
 
 
 @pytest.fixture

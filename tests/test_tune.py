@@ -21,7 +21,6 @@ from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiments.tune
-from experiments.cli import main
 from experiments.recipes import Recipe
 from experiments.report import read_scores
 from experiments.runs import CONFIG, SCORES, read_json
@@ -82,37 +81,10 @@ STUDY = """
 """
 
 
-@pytest.fixture
-def say(monkeypatch, capsys, tmp_path):
-    """Runs a command in an empty folder; returns (exit code, standard output, standard error)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(os, "fsync", lambda file: None)  # nothing here is to outlast a power cut
-
-    def run(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["learned-rl", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = 0 if end.code is None else int(end.code)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return run
-
-
-@pytest.fixture
-def refused(say):
-    """Runs a command that must fail as a user's mistake does; returns its sentence."""
-
-    def run(*words: str | Path) -> str:
-        code, out, err = say(*words)
-        assert code == 2, f"exit code {code}: {out}{err}"
-        assert err.startswith("learned-rl: ") and err.count("\n") == 1 and "Traceback" not in err and "│" not in err
-        return err
-
-    return run
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch):
+    """Nothing here is to outlast a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 @pytest.fixture

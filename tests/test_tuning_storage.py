@@ -32,15 +32,10 @@ from optuna.storages import JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.tuning import storage as module
-from experiments.tuning.storage import (
-    MAX_ATTEMPTS,
-    Worker,
-    masked,
-    open_storage,
-    requeue_lost,
-    speaking_storage,
-    withdraw,
-)
+from experiments.tuning import workers
+from experiments.tuning.requeue import MAX_ATTEMPTS, withdraw
+from experiments.tuning.storage import masked, open_storage, speaking_storage
+from experiments.tuning.workers import Worker, requeue_lost
 from learned_rl.types import UserError
 
 FORK = get_context("fork")
@@ -736,17 +731,17 @@ def test_a_trial_whose_worker_died_before_it_signed(file, tmp_path, children, mo
     told.recv()
     study = opened(url)
     with Worker(url, "s") as worker:
-        monkeypatch.setattr(module, "UNCLAIMED", 0.0)
+        monkeypatch.setattr(workers, "UNCLAIMED", 0.0)
         with Worker(url, "another study"):
-            monkeypatch.setattr(module, "UNCLAIMED", 60.0)
+            monkeypatch.setattr(workers, "UNCLAIMED", 60.0)
             assert requeue_lost(study, worker) == []  # it may be the living worker's
             kill(child)
             with Worker(url, "s"):
                 assert requeue_lost(study, worker) == []  # or this one's
-                monkeypatch.setattr(module, "UNCLAIMED", 0.0)
+                monkeypatch.setattr(workers, "UNCLAIMED", 0.0)
                 assert requeue_lost(study, worker) == [0]
             study.ask()
-            monkeypatch.setattr(module, "UNCLAIMED", 60.0)
+            monkeypatch.setattr(workers, "UNCLAIMED", 60.0)
             assert requeue_lost(study, worker) == [1]  # nobody else works on this study
     assert [t.user_attrs["attempt"] for t in waiting(study)] == [3]
 

@@ -3,7 +3,8 @@
 | file | holds |
 |---|---|
 | `study` | what is searched, and the search: samplers, pruners, workers that join, resume |
-| `storage` | where trials are kept: sqlite, journal, a server; which workers still live |
+| `storage` | where trials are kept: sqlite, journal, a server |
+| `workers`, `requeue` | which workers still live; what becomes of the trials of those that died |
 | `agents` | studies of PPO, A2C or any objective on an environment |
 | `outer` | studies of a meta-training recipe |
 | `pbt` | population based training: schedules in place of constants |

@@ -1,4 +1,4 @@
-"""Where a study's trials are kept, and which of its workers still live.
+"""Where a study's trials are kept.
 
 | storage | for |
 |---|---|
@@ -8,9 +8,7 @@
 
 After `sqlite:///` and `journal:///` a path is relative, as SQLAlchemy has it; with a fourth slash it is absolute.
 
-Whose worker died is run again. A worker on a file holds a lock of the operating system, which the kernel releases
-however the process ends, so that its death is known at once and no clock is asked; a worker on a server sends
-heartbeats. Processes open a storage for themselves: what was opened before a fork is not shared.
+Processes open a storage for themselves: what was opened before a fork is not shared.
 """
 
 from __future__ import annotations
@@ -22,8 +20,6 @@ import functools
 import json
 import os
 import re
-import secrets
-import socket
 import sqlite3
 import time
 import warnings
@@ -31,23 +27,20 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 
-from learned_rl.files import speaking
+from experiments.tuning.requeue import Retries
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError
 
-MAX_ATTEMPTS = 3  # a point that has killed its worker so often is dropped
 HEARTBEAT, GRACE = 30, 90  # seconds between signs of life on a server, and without any until a trial counts as lost
-UNCLAIMED = 60.0  # seconds for which a trial may run before its worker has put its name to it
 BUSY = 60.0  # seconds to wait for SQLite's lock
 CONNECT = 10  # seconds to wait for a server
 RACES = 8  # workers that create the same tables at once get in each other's way, but never this often
@@ -67,7 +60,7 @@ def masked(url: str) -> str:
     return re.sub(r"(://[^:@/]*:).*@", r"\1***@", url)  # up to the last @: who forgets to quote one has it hidden too
 
 
-def _file(url: str) -> tuple[str, Path] | None:
+def place_of(url: str) -> tuple[str, Path] | None:
     """Kind and path of a storage in a file; None for a server."""
     scheme, colon, rest = url.partition(":")
     if not colon or "/" in scheme:
@@ -123,7 +116,7 @@ def open_storage(url: str) -> BaseStorage:
     Raises:
         UserError: it names no storage, or one that cannot be reached, read or written, or of another Optuna's version.
     """
-    place = _file(url)
+    place = place_of(url)
     try:
         if place is None:
             return _raced(functools.partial(_Server, _server(url)))
@@ -276,7 +269,7 @@ class _Server(RDBStorage):
                 engine_kwargs={"pool_pre_ping": True, "connect_args": options},
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,
-                heartbeat_stale_trial_callback=_Retries(),
+                heartbeat_stale_trial_callback=Retries(),
             )
 
     def record_heartbeat(self, trial_id: int) -> None:
@@ -291,12 +284,12 @@ class _Server(RDBStorage):
         )
         with self.engine.connect() as connection:
             found = connection.execute(silent, {"study": study_id}).scalars().all()
-        seen = self._silent[study_id] = _first_seen(found, self._silent.get(study_id, {}))
+        seen = self._silent[study_id] = first_seen(found, self._silent.get(study_id, {}))
         lost = [trial_id for trial_id, since in seen.items() if time.monotonic() - since > GRACE]
         return super()._get_stale_trial_ids(study_id) + lost
 
 
-def _first_seen(trials: Sequence[int], before: dict[int, float]) -> dict[int, float]:
+def first_seen(trials: Sequence[int], before: dict[int, float]) -> dict[int, float]:
     """Since when this process has seen each of the trials: machines need not agree about the time."""
     now = time.monotonic()
     return {trial: before.get(trial, now) for trial in trials}
@@ -347,179 +340,3 @@ def _reason(cause: BaseException) -> str:
     lines = str(cause).splitlines() or [type(cause).__name__]
     line = lines[-1] if lines[0].endswith(":") else lines[0]  # several addresses of a host, each with its failure
     return " ".join(line.split()).rstrip(".")
-
-
-# --- workers ---------------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """One process that works on a study; its trials bear its name as the attribute "worker".
-
-    While it lasts it holds a lock on a file of its name in `<storage>.workers/`. On a server it holds nothing: there
-    Optuna sends heartbeats for the trial that it runs.
-
-    Raises:
-        UserError: the URL names no storage, or its folder cannot be written.
-    """
-
-    def __init__(self, url: str, study_name: str) -> None:
-        self.name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        place = _file(url)
-        path = None if place is None else place[1].resolve()
-        self.folder = None if path is None else path.with_name(f"{path.name}.workers")
-        self._study = study_name
-        self._file: BinaryIO | None = None
-        self._unclaimed: dict[int, float] = {}
-
-    def __enter__(self) -> Self:
-        if self.folder is not None:
-            with speaking(self.folder):
-                self._file = self._lock(self.folder / self.name)
-            os.register_at_fork(after_in_child=self._file.close)  # a child that outlives this process is not it
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.folder is not None and self._file is not None and not self._file.closed:  # it is, in a forked child
-            with suppress(OSError):
-                os.unlink(self.folder / self.name)
-                self.folder.rmdir()  # refused while there are other workers
-            self._file.close()
-
-    def _lock(self, path: Path) -> BinaryIO:
-        """The file of this worker, locked; made anew where another process takes it for a dead worker's meanwhile."""
-        while True:
-            with suppress(FileNotFoundError):  # the last worker before this one takes the folder away
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = path.open("wb")
-                file.write(self._study.encode())
-                file.flush()
-                fcntl.flock(file, fcntl.LOCK_EX)
-                if os.fstat(file.fileno()).st_nlink:
-                    return file
-                file.close()
-
-    def _locks(self, how: int) -> Iterator[tuple[Path, bytes, bool]]:
-        """Every worker's file, the study in it, and whether this process got a lock on it (for as long as it looks)."""
-        assert self.folder is not None
-        for path in self.folder.glob("*"):
-            with suppress(FileNotFoundError), path.open("rb") as file:
-                study = file.read()
-                try:
-                    fcntl.flock(file, how | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    yield path, study, False
-                else:
-                    yield path, study, True
-
-    def lost(self, running: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-        """Those of the study's running trials whose worker is dead; for a storage in a file.
-
-        The trials must have been read before: who had one then and still lives holds a lock now, and who finished it
-        in between, and left, is found out when it is to be failed. A trial is nobody's for a moment after it was asked
-        for; where nobody else works on this study, its worker died in that moment.
-        """
-        live = {self.name} | {
-            path.name for path, study, dead in self._locks(fcntl.LOCK_SH) if not dead and study == self._study.encode()
-        }
-        unclaimed = [t._trial_id for t in running if "worker" not in t.user_attrs]
-        seen = self._unclaimed = _first_seen(unclaimed, self._unclaimed)
-        patience = UNCLAIMED if len(live) > 1 else 0.0
-        old = {trial_id for trial_id, since in seen.items() if time.monotonic() - since >= patience}
-        return [t for t in running if t._trial_id in old or t.user_attrs.get("worker", self.name) not in live]
-
-    def bury(self) -> None:
-        """Removes the files of dead workers: without one a worker is dead too."""
-        for path, _, dead in self._locks(fcntl.LOCK_EX):
-            if dead:
-                path.unlink(missing_ok=True)
-
-
-# --- running again ---------------------------------------------------------------------------------------------------
-
-
-def requeue_lost(study: optuna.Study, worker: Worker) -> list[int]:
-    """Fails the running trials of dead workers, and lets their points be tried again; returns the trials' numbers.
-
-    Any number of workers may do so at once: the storage lets one of them fail a trial, and that one re-queues it. Who
-    is killed between the two loses a point, but never runs one twice; the study, which counts what was finished, asks
-    for another.
-
-    Raises:
-        UserError: the folder of the workers' locks cannot be read.
-    """
-    storage: Any = study._storage
-    if worker.folder is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            fail_stale_trials(study)
-        return storage.get_heartbeat_stale_trial_callback().taken()
-    retries = _Retries()
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    with speaking(worker.folder):
-        lost = worker.lost(running)
-    for trial in lost:
-        if _fail(study, trial._trial_id):
-            retries(study, storage.get_trial(trial._trial_id))
-    with speaking(worker.folder):
-        worker.bury()
-    return retries.taken()
-
-
-def withdraw(study: optuna.Study, trial: optuna.Trial | FrozenTrial, reason: str) -> None:
-    """Gives up a trial of this process, and lets its point be tried again without that this counts as an attempt.
-
-    What was completed or pruned meanwhile, or re-queued by another worker, stays as it is.
-
-    Args:
-        reason: kept beside the new trial, as "retry_reason".
-    """
-    failed = _fail(study, trial._trial_id)
-    found = study._storage.get_trial(trial._trial_id)
-    if not failed:  # Optuna fails a trial by itself when its function is interrupted
-        again = any(t.user_attrs.get("retry_of") == trial.number for t in study.get_trials(deepcopy=False))
-        if again or found.state != TrialState.FAIL:
-            return
-    _again(study, found, _attempt(found), reason)
-
-
-class _Retries:
-    """Re-queues trials that this process failed, and notes their numbers.
-
-    On servers it is Optuna that calls it, for exactly these trials, in `requeue_lost` and before it asks for a trial.
-    """
-
-    def __init__(self) -> None:
-        self._numbers: list[int] = []
-
-    def __call__(self, study: optuna.Study, trial: FrozenTrial) -> None:
-        if _again(study, trial, _attempt(trial) + 1, "worker lost"):
-            self._numbers.append(trial.number)
-
-    def taken(self) -> list[int]:
-        """The numbers since it was last asked."""
-        numbers, self._numbers = self._numbers, []
-        return numbers
-
-
-def _fail(study: optuna.Study, trial_id: int) -> bool:
-    """Fails a trial; whether it was this process that did."""
-    try:
-        return study._storage.set_trial_state_values(trial_id, state=TrialState.FAIL)
-    except UpdateFinishedTrialError:
-        return False
-
-
-def _attempt(trial: FrozenTrial) -> int:
-    return trial.user_attrs.get("attempt", 1)
-
-
-def _again(study: optuna.Study, trial: FrozenTrial, attempt: int, reason: str) -> bool:
-    """Enqueues a trial's point, if it had come to one and has not had all of its attempts."""
-    point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}  # it may have ended before it read them all
-    if not point or attempt > MAX_ATTEMPTS:
-        return False
-    notes = {"retry_of": trial.number, "attempt": attempt, "retry_reason": reason}
-    if "enqueued" in trial.user_attrs:  # where the point came from, if no sampler proposed it
-        notes["enqueued"] = trial.user_attrs["enqueued"]
-    study.enqueue_trial(point, user_attrs=notes)
-    return True

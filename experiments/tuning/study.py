@@ -21,7 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from experiments.runs import flatten, plain
 from experiments.tuning.outputs import TrialEvents
-from experiments.tuning.storage import Worker, open_storage, requeue_lost, speaking_storage, withdraw
+from experiments.tuning.requeue import withdraw
+from experiments.tuning.storage import open_storage, speaking_storage
+from experiments.tuning.workers import Worker, requeue_lost
 from learned_rl.evaluation import Array, Curves
 from learned_rl.spaces import Space, get, replaced, spaces
 from learned_rl.tasks.base import unknown

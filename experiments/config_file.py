@@ -27,6 +27,8 @@ def config_option(words: Sequence[str]) -> tuple[Path | None, list[str]]:
         UserError: no file follows the option.
     """
     rest, file = list(words), None
+    if sum(word == "--config" or word.startswith("--config=") for word in words) > 1:
+        raise UserError("--config was given twice: name one file.")
     for i, word in enumerate(words):
         if word == "--config" and i + 1 < len(words) and not words[i + 1].startswith("-"):
             file, rest = Path(words[i + 1]), [*words[:i], *words[i + 2 :]]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from experiments.config_file import write_config
 from experiments.options import usable_device
 from experiments.report import COLOURS, append_scores, conclude, count_axis, panels, save_figure
-from experiments.runs import SCORES, Progress, Run, default_folder, plain
+from experiments.runs import CONFIG, SCORES, Progress, Run, default_folder, plain
 from experiments.tuning.agents import AgentStudy, check_read
 from experiments.tuning.pbt import PBTConfig, PBTResult, population_based_training
 from learned_rl import artifacts
@@ -73,6 +73,8 @@ def pbt(algorithm: str, args: Pbt, command: list[str]) -> Path:
     agents = AgentStudy.of(algorithm, args.env, args.steps, args.device, seed=args.seed, **shape)
     spaces = _numbers(agents, args)
     out = args.out or default_folder("runs", f"pbt-{Path(algorithm).stem}-{args.env}", args.seed)
+    if (out / CONFIG).exists():
+        raise UserError(f"{out} already holds a run, and a population is not continued: choose another --out.")
     config = {"algorithm": algorithm, "settings": agents.settings, "spaces": {k: repr(v) for k, v in spaces.items()}}
     config |= {k: v for k, v in vars(args).items() if k not in ("out", "device")}
     with Run.create(out, command=command, config=config, seed=args.seed) as run:
@@ -96,7 +98,7 @@ def pbt(algorithm: str, args: Pbt, command: list[str]) -> Path:
 def _numbers(agents: AgentStudy, args: Pbt) -> dict[str, Space]:
     """Name of each scheduled number -> its space."""
     study = agents.study(str(args.env))
-    chosen = study.select(args.parameters.split(",")) if args.parameters else study.spaces
+    chosen = study.select([name.strip() for name in args.parameters.split(",")]) if args.parameters else study.spaces
     check_read(chosen, agents.settings.config, agents.objective, agents.family.observation_space)
     numbers = {path.rpartition(".")[2]: space for path, space in chosen.items() if path.startswith("config.hyper.")}
     for path in chosen:

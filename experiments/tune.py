@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import json
 import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,19 +21,31 @@ from experiments.config_file import read_config, write_config
 from experiments.options import usable_device
 from experiments.recipes import get_recipe, recipes
 from experiments.report import BEST, TRIALS, append_scores, conclude, read_scores, write_report
-from experiments.runs import SCORES, Progress, Run, flatten, plain
+from experiments.runs import SCORES, Progress, Run, flatten, plain, read_json
 from experiments.threads import set_threads
 from experiments.tuning.agents import AgentStudy, algorithms, check_read
 from experiments.tuning.outer import OuterStudy, outer_settings
 from experiments.tuning.outputs import save_figures, write_trials
-from experiments.tuning.storage import masked, open_storage, speaking_storage
-from experiments.tuning.study import COSTS, FINISHED, Direction, Pruner, Sampler, Search, SearchConfig, Study, check
-from learned_rl.files import speaking
+from experiments.tuning.storage import masked, open_storage, place_of, speaking_storage
+from experiments.tuning.study import (
+    COSTS,
+    FINISHED,
+    Direction,
+    Pruned,
+    Pruner,
+    Sampler,
+    Search,
+    SearchConfig,
+    Study,
+    check,
+)
+from learned_rl.files import replacing, speaking
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError, at_least
 
 FRONT, FIGURE = "pareto", Path("figures") / "learning_curves.png"
-TESTED = "tested"  # the study's attribute that says which trial was tested, and on what
+TESTED = "tested.json"  # which trial the scores in the folder are of, and on what it was tested
+PATIENCE = 5.0  # seconds that other workers have to give their trials back
 AGENT_ONLY = ("env", "steps", "tasks", "episodes")
 OUTER_ONLY = ("meta_steps",)
 EVALUATION = ("config", "seeds", "checkpoints", "test_tasks", "test_seeds", "parameters", "metrics", "device")
@@ -149,14 +162,17 @@ def _refuse(what: str, args: Tune, names: Sequence[str], kind: str) -> None:
 
 def _agents(algorithm: str, env: str, args: Tune) -> Study:
     shape = args.given(("tasks", "episodes", "seeds", "checkpoints", "test_tasks", "test_seeds"))
-    agents = AgentStudy.of(algorithm, env, args.steps, args.device or "cpu", seed=args.seed, **shape)
+    steps = args.steps if args.config is None else None
+    agents = AgentStudy.of(algorithm, env, steps, args.device or "cpu", seed=args.seed, **shape)
     if args.config is not None:
         settings = read_config(args.config, agents.settings)
+        if settings.objective != agents.settings.objective:
+            raise UserError(f"{args.config} is of the objective {settings.objective!r}, and the study of {algorithm}.")
         agents = replace(agents, settings=replace(settings, **args.given(["steps"])))
     study = agents.study(env, metrics=_metrics(args), test=args.test)
     if args.parameters is None:
         return study
-    chosen = study.select(args.parameters.split(","))
+    chosen = study.select(_listed(args.parameters))
     check_read(chosen, agents.settings.config, agents.objective, agents.family.observation_space)
     traded = {path: space for path, space in study.spaces.items() if path == "steps"}  # what a metric asks for
     return replace(study, space=chosen | traded)
@@ -171,7 +187,7 @@ def _outer(name: str, args: Tune) -> Study:
         settings = read_config(args.config, settings)
     shape = args.given(("meta_steps", "seeds", "checkpoints", "test_tasks", "test_seeds"))
     outer = OuterStudy(settings, **shape, seed=args.seed, device=args.device or "cpu")
-    return outer.study(args.parameters.split(",") if args.parameters else None, metrics, args.test)
+    return outer.study(_listed(args.parameters) if args.parameters else None, metrics, args.test)
 
 
 def _own(path: Path) -> Study:
@@ -188,8 +204,12 @@ def _own(path: Path) -> Study:
     return study
 
 
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",")]
+
+
 def _metrics(args: Tune) -> dict[str, Direction]:
-    names = (args.metrics or "score").split(",")
+    names = _listed(args.metrics or "score")
     known: dict[str, Direction] = {"score": "maximize", **COSTS}
     for name in names:
         if name not in known:
@@ -240,8 +260,9 @@ def _others(what: str, args: Tune, url: str, name: str, out: Path) -> Iterator[N
         other.start()
     try:
         yield
-    except UserError:  # a storage or default settings that serve nobody
+    except BaseException:  # whatever ended this one; the others heard of a Ctrl-C, and give their trials back
         for other in others:
+            other.join(PATIENCE)
             other.terminate()
         raise
     finally:
@@ -294,6 +315,8 @@ def _warm_start(search: Search, source: str, url: str) -> None:
     """Try the best points of another study first."""
     where, _, name = source.rpartition("#")
     where = where or url
+    if (place := place_of(where)) is not None and not place[1].exists():
+        raise UserError(f"{masked(where)} holds no study to start from: the file does not exist.")
     with speaking_storage(where):
         storage = open_storage(where)
         known = optuna.get_all_study_names(storage)
@@ -362,16 +385,20 @@ def _test(search: Search, out: Path) -> None:
     best, path, study = search.best(), out / SCORES, search.study
     assert study.test is not None
     held = {each.method for each in read_scores(path)} if path.exists() else set()
-    before = search.optuna.user_attrs.get(TESTED, {})
+    before = read_json(out / TESTED) if (out / TESTED).exists() else {}
     valid = held if before.get("on") == study.tested_on else set()
     if before.get("trial") != best.number:
         valid -= {"tuned"}
     for method, settings in (("default", study.settings), ("tuned", search.best_settings())):
         if method not in valid:
             print(f"test: {method} settings on unseen tasks and seeds", flush=True)
-            tested = study.test(settings)
+            try:
+                tested = study.test(settings)
+            except Pruned as reason:
+                raise UserError(f"The {method} settings cannot be tested: {reason}.") from reason
             append_scores(path, study.suite, method, tested.returns, tested.scores, tested.kept)
-    search.optuna.set_user_attr(TESTED, {"trial": best.number, "on": dict(study.tested_on)})
+    with replacing(out / TESTED) as file:
+        file.write(json.dumps({"trial": best.number, "on": dict(study.tested_on)}).encode())
 
 
 @contextmanager

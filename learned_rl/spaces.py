@@ -54,6 +54,10 @@ class Space(ABC):
     def decode(self, coordinate: Any) -> Any:
         """The value at a coordinate."""
 
+    def knows(self, coordinate: Any) -> bool:
+        """Whether it is a coordinate of this kind of space."""
+        return isinstance(coordinate, int | float)
+
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Any:
         """A value, uniformly in the coordinate that is searched."""
@@ -184,7 +188,7 @@ class PowersOfTwo(Space):
 
     def encode(self, value: Any) -> Coordinate:
         low, high = self._exponents
-        return min(max(round(math.log2(value)), low), high)
+        return min(max(round(math.log2(max(value, self.low))), low), high)
 
     def decode(self, coordinate: Any) -> int:
         return 1 << int(coordinate)
@@ -233,6 +237,9 @@ class Choice(Space):
 
     def decode(self, coordinate: Any) -> Any:
         return self._labels[coordinate]
+
+    def knows(self, coordinate: Any) -> bool:
+        return coordinate in self._labels
 
     def draw(self, rng: np.random.Generator) -> Any:
         return self.options[rng.integers(len(self.options))]

@@ -543,3 +543,24 @@ def test_a_gymnasium_id_is_one_task_with_many_seeds():
     for env, shape in (("CartPole-v1", (1, 8, 1, 32)), (BANDIT, (32, 1, 64, 4))):
         agents = AgentStudy.of("ppo", env)
         assert (agents.tasks, agents.seeds, agents.test_tasks, agents.test_seeds) == shape
+
+
+def test_each_folder_has_the_scores_of_the_best_trial(say, tmp_path):
+    """Two folders of one study: the one that was tested first is tested anew once the best is another."""
+    words = (
+        "--env bandit/bernoulli-10 --steps 2000 --tasks 4 --test-tasks 4 --test-seeds 1 --episodes 2 --storage s.log"
+    )
+    for trials, out in ((1, "a"), (8, "b"), (8, "a")):
+        code, _, err = say("tune", "ppo", *words.split(), "--trials", str(trials), "--out", out)
+        assert code == 0, err
+    scores = [read_scores(tmp_path / out / SCORES) for out in ("a", "b")]
+    assert [[*each.rows()] for each in scores[0]] == [[*each.rows()] for each in scores[1]]
+
+
+def test_a_file_of_another_objective_is_refused(refused, tmp_path):
+    (tmp_path / "dpo.toml").write_text('objective = "dpo"\n')
+    said = refused("tune", "ppo", "--env", "bandit/bernoulli-10", "--config", "dpo.toml")
+    assert "dpo.toml is of the objective 'dpo', and the study of ppo" in said
+    assert "given twice" in refused("train", "CartPole-v1", "--config", "a.toml", "--config", "b.toml")
+    words = ("--env", "bandit/bernoulli-10", "--warm-start", "typo.db#x", "--steps", "2000")
+    assert "does not exist" in refused("tune", "ppo", *words) and not (tmp_path / "typo.db").exists()

@@ -1207,8 +1207,23 @@ def test_the_median_pruner_waits_for_a_third_of_the_reports(file):
 def test_a_trial_knows_whether_it_is_compared_seed_by_seed(file, pruner):
     asked: list[bool] = []
     searching(file, by(lambda settings, trial: asked.append(trial.paired) or 0.0), trials=1, pruner=pruner).run()
-    searching(file, by(lambda settings, trial: asked.append(trial.paired) or 0.0), trials=2, pruner="wilcoxon").run()
+    study = by(lambda settings, trial: asked.append(trial.paired) or 0.0)
+    searching(file, study, name="paired", trials=1, pruner="wilcoxon").run()
     assert asked == [False, True]
+    with pytest.raises(UserError, match="was made with pruned seed by seed False, and it is True now"):
+        searching(file, study, trials=2, pruner="wilcoxon")
+
+
+def test_a_study_does_not_mix_defaults_or_weights():
+    agents = bandits(32)
+    other = replaced(agents, {"settings": replaced(agents.settings, {"config.hyper.gamma": 0.95})})
+    mine, others = (a.study("bandit/bernoulli-5").definition() for a in (agents, other))
+    assert mine["defaults"] != others["defaults"]
+    torch.manual_seed(0)
+    lpg = AgentStudy.of("lpg", "bandit/bernoulli-5", 5_120)
+    torch.manual_seed(1)
+    fresh = AgentStudy.of("lpg", "bandit/bernoulli-5", 5_120)
+    assert lpg.study("x").about["weights"] != fresh.study("x").about["weights"]
 
 
 def test_agents_are_pruned_by_what_they_report(file):

@@ -7,11 +7,12 @@ it (`experiments.scores.Scorer`). Trials live on validation tasks; the winner is
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from gymnasium.spaces import Discrete
@@ -154,6 +155,14 @@ def check_read(
             raise UserError(f"{path} changes nothing here, where {name} is not read: choose another setting.")
 
 
+def _digest(component: Component) -> str:
+    """What tells a component from one with other weights."""
+    numbers = [
+        value.detach().cpu().double().numpy().tobytes() for value in component.state_dict().values()
+    ]  # stop: read
+    return hashlib.sha256(b"".join(numbers)).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class AgentStudy:
     """Evaluation of agents on one family; `study()` makes it a search problem.
@@ -209,7 +218,9 @@ class AgentStudy:
         chosen = dict(space or agent_space(self.settings, self.objective, self.family.observation_space))
         if "environment_steps" in metrics:
             chosen["steps"] = Integers(max(1, self.settings.steps // 16), self.settings.steps, log=True)
-        about = {k: getattr(self, k) for k in ("tasks", "seeds", "checkpoints", "episodes", "seed")}
+        about: dict[str, Any] = {k: getattr(self, k) for k in ("tasks", "seeds", "checkpoints", "episodes", "seed")}
+        if self.objective is not None:
+            about["weights"] = _digest(self.objective)
         return Study(
             f"{self.algorithm} on {suite}",
             self.settings,

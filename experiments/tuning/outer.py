@@ -22,7 +22,7 @@ from experiments.scores import Scorer
 from experiments.tuning.agents import check_read
 from experiments.tuning.study import Direction, Pruned, Study, Tested, Trial
 from learned_rl.evaluation import Array, Curves, iqm
-from learned_rl.registry import components, make_family
+from learned_rl.registry import make_family
 from learned_rl.spaces import LogNegative, LogUniform, PowersOfTwo, Space, spaces
 from learned_rl.tasks.base import Split
 from learned_rl.types import at_least
@@ -58,8 +58,7 @@ def outer_settings(recipe: Recipe) -> OuterSettings:
 def outer_space(settings: OuterSettings) -> dict[str, Space]:
     """Every search space in a recipe: of meta-training, of the component's settings, of the regularisers' weights."""
     recipe = settings.recipe
-    component = components()[recipe.component].Config(**recipe.settings)
-    known = spaces(settings) | spaces(component, "recipe.settings.")
+    known = spaces(settings) | spaces(recipe.make_component().config, "recipe.settings.")
     if width := recipe.settings.get("width"):  # time grows with its square, and trials have equal environment steps
         exponent = round(math.log2(width))
         known["recipe.settings.width"] = PowersOfTwo(2 ** max(0, exponent - 1), 2 ** (exponent + 1))

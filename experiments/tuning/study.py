@@ -115,7 +115,7 @@ class Study:
         space = {path: repr(s) for path, s in self.spaces.items()}
         settings = {k: v for k, v in flatten(plain(self.settings)).items() if k not in space}
         fixed = {"study": self.name, "metrics": dict(self.metrics), **plain(dict(self.about))}
-        return {**fixed, "space": space, "settings": settings}
+        return {**fixed, "space": space, "settings": settings, "defaults": self.coordinates(self.settings)}
 
     def select(self, parameters: Sequence[str]) -> dict[str, Space]:
         """The spaces beside the settings' fields that have one of the names (a path, or an unambiguous ending of it).
@@ -256,6 +256,7 @@ class Search:
     def _agree(self) -> None:
         """Note what the trials of this study have in common, or check that it is what they have."""
         new, old = self.study.definition(), self.optuna.user_attrs.get(DEFINITION)
+        new["pruned seed by seed"] = self.config.pruner == "wilcoxon"  # where trials report other things
         if old is None:
             self.optuna.set_user_attr(DEFINITION, new)
             self.optuna.set_metric_names([*self.study.metrics])
@@ -289,9 +290,10 @@ class Search:
         finished = [t for t in other.trials if t.state == TrialState.COMPLETE]
         sign = -1 if other.directions[0] == optuna.study.StudyDirection.MAXIMIZE else 1
         ranked = sorted(finished, key=lambda t: sign * t.values[0])[:best]
-        base = self.study.coordinates(self.study.settings)
+        base, names = self.study.coordinates(self.study.settings), self.study.names()
+        space = {s.key(names[path]): s for path, s in self.study.spaces.items()}
         for trial in ranked:
-            shared = {k: v for k, v in trial.params.items() if k in base}
+            shared = {k: v for k, v in trial.params.items() if k in space and space[k].knows(v)}
             if not shared:
                 raise UserError(
                     f"Study {other.study_name!r} has none of the parameters {', '.join(base)}: nothing to start from."

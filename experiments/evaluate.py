@@ -14,7 +14,7 @@ import optuna
 import torch
 
 from experiments.config_file import write_config
-from experiments.options import usable_device
+from experiments.options import listed, usable_device
 from experiments.report import Scores, Unit, append_scores, conclude, read_scores
 from experiments.runs import SCORES, Progress, Run, default_folder
 from experiments.scores import Scorer
@@ -101,7 +101,7 @@ def _methods(learned: Objective, path: Path, family: TaskFamily, args: Evaluate)
     updates = args.updates or _default_updates(learned)
     budget = updates * config.n_envs * config.n_steps
     chosen = [Method(learned.name, config, learned, str(path), updates, args.tune_learned)]
-    for name in dict.fromkeys(filter(None, args.baselines.split(","))):
+    for name in dict.fromkeys(listed(args.baselines)):
         if name not in BASELINES:
             raise unknown("baseline", name, BASELINES)
         hand_made = name in HAND_MADE

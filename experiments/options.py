@@ -78,6 +78,11 @@ def _condensed(box: str) -> str:
     return message
 
 
+def listed(names: str) -> list[str]:
+    """The names of a comma-separated option, without the spaces around them."""
+    return [name for part in names.split(",") if (name := part.strip())]
+
+
 def usable_device(name: str) -> None:
     """Checks that tensors can be made and read on a device.
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.config_file import write_config
-from experiments.options import usable_device
+from experiments.options import listed, usable_device
 from experiments.report import COLOURS, append_scores, conclude, count_axis, panels, save_figure
 from experiments.runs import CONFIG, SCORES, Progress, Run, default_folder, plain
 from experiments.tuning.agents import AgentStudy, check_read
@@ -98,7 +98,7 @@ def pbt(algorithm: str, args: Pbt, command: list[str]) -> Path:
 def _numbers(agents: AgentStudy, args: Pbt) -> dict[str, Space]:
     """Name of each scheduled number -> its space."""
     study = agents.study(str(args.env))
-    chosen = study.select([name.strip() for name in args.parameters.split(",")]) if args.parameters else study.spaces
+    chosen = study.select(listed(args.parameters)) if args.parameters else study.spaces
     check_read(chosen, agents.settings.config, agents.objective, agents.family.observation_space)
     numbers = {path.rpartition(".")[2]: space for path, space in chosen.items() if path.startswith("config.hyper.")}
     for path in chosen:

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from experiments.config_file import read_config, write_config
-from experiments.options import usable_device
+from experiments.options import listed, usable_device
 from experiments.recipes import get_recipe, recipes
 from experiments.report import BEST, TRIALS, append_scores, conclude, read_scores, write_report
 from experiments.runs import SCORES, Progress, Run, flatten, plain, read_json
@@ -172,7 +172,7 @@ def _agents(algorithm: str, env: str, args: Tune) -> Study:
     study = agents.study(env, metrics=_metrics(args), test=args.test)
     if args.parameters is None:
         return study
-    chosen = study.select(_listed(args.parameters))
+    chosen = study.select(listed(args.parameters))
     check_read(chosen, agents.settings.config, agents.objective, agents.family.observation_space)
     traded = {path: space for path, space in study.spaces.items() if path == "steps"}  # what a metric asks for
     return replace(study, space=chosen | traded)
@@ -187,7 +187,7 @@ def _outer(name: str, args: Tune) -> Study:
         settings = read_config(args.config, settings)
     shape = args.given(("meta_steps", "seeds", "checkpoints", "test_tasks", "test_seeds"))
     outer = OuterStudy(settings, **shape, seed=args.seed, device=args.device or "cpu")
-    return outer.study(_listed(args.parameters) if args.parameters else None, metrics, args.test)
+    return outer.study(listed(args.parameters) if args.parameters else None, metrics, args.test)
 
 
 def _own(path: Path) -> Study:
@@ -204,12 +204,8 @@ def _own(path: Path) -> Study:
     return study
 
 
-def _listed(names: str) -> list[str]:
-    return [name.strip() for name in names.split(",")]
-
-
 def _metrics(args: Tune) -> dict[str, Direction]:
-    names = _listed(args.metrics or "score")
+    names = listed(args.metrics or "") or ["score"]
     known: dict[str, Direction] = {"score": "maximize", **COSTS}
     for name in names:
         if name not in known:

@@ -157,10 +157,8 @@ def check_read(
 
 def _digest(component: Component) -> str:
     """What tells a component from one with other weights."""
-    numbers = [
-        value.detach().cpu().double().numpy().tobytes() for value in component.state_dict().values()
-    ]  # stop: read
-    return hashlib.sha256(b"".join(numbers)).hexdigest()[:16]
+    weights = component.state_dict().values()  # without a graph
+    return hashlib.sha256(b"".join(x.cpu().double().numpy().tobytes() for x in weights)).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -260,7 +258,7 @@ class AgentStudy:
         """Fresh agents on test tasks, with whatever is plugged into other slots than the objective's."""
         scorer = Scorer(self.family, "test", self.test_tasks, self.seed)
         curves = self._live(settings, "test", self.test_tasks, self.test_seeds, self.seed, 10, **plugged)
-        return Tested(curves, scorer(curves), scorer.kept) if scorer.exact and scorer.kept.any() else Tested(curves)
+        return Tested.by(scorer, curves)
 
     def _groups(self, paired: bool) -> list[tuple[slice, int, int]]:
         """(which tasks, agents on each, seed) of the lives that are led side by side: all, unless seeds are compared

@@ -156,7 +156,7 @@ class OuterStudy:
             )
             each.append(curves)
         curves = Curves(each[0].steps, np.concatenate([c.returns for c in each], axis=2))
-        return Tested(curves, scorer(curves), scorer.kept) if scorer.exact and scorer.kept.any() else Tested(curves)
+        return Tested.by(scorer, curves)
 
     def _train(
         self, recipe: Recipe, seeds: Sequence[int], split: Split, tasks: int, last: bool = False

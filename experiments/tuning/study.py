@@ -14,12 +14,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from experiments.runs import flatten, plain
+from experiments.scores import Scorer
 from experiments.tuning.outputs import TrialEvents
 from experiments.tuning.requeue import withdraw
 from experiments.tuning.storage import open_storage, speaking_storage
@@ -47,6 +48,11 @@ class Tested:
     returns: Curves
     scores: Curves | None = None
     kept: Array | None = None
+
+    @classmethod
+    def by(cls, scorer: Scorer, curves: Curves) -> Self:
+        """With scores where the family knows the best returns, and anything can be won."""
+        return cls(curves, scorer(curves), scorer.kept) if scorer.exact and scorer.kept.any() else cls(curves)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _methods(learned: Objective, path: Path, family: TaskFamily, args: Evaluate)
     updates = args.updates or _default_updates(learned)
     budget = updates * config.n_envs * config.n_steps
     chosen = [Method(learned.name, config, learned, str(path), updates, args.tune_learned)]
-    for name in dict.fromkeys(listed(args.baselines)):
+    for name in dict.fromkeys(listed(args.baselines) if args.baselines else []):
         if name not in BASELINES:
             raise unknown("baseline", name, BASELINES)
         hand_made = name in HAND_MADE

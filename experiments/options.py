@@ -79,8 +79,8 @@ def _condensed(box: str) -> str:
 
 
 def listed(names: str) -> list[str]:
-    """The names of a comma-separated option, without the spaces around them."""
-    return [name for part in names.split(",") if (name := part.strip())]
+    """The names of a comma-separated option, without the spaces around them; an empty one stays, to be refused."""
+    return [name.strip() for name in names.split(",")]
 
 
 def usable_device(name: str) -> None:

@@ -205,7 +205,7 @@ def _own(path: Path) -> Study:
 
 
 def _metrics(args: Tune) -> dict[str, Direction]:
-    names = listed(args.metrics or "") or ["score"]
+    names = listed(args.metrics or "score")
     known: dict[str, Direction] = {"score": "maximize", **COSTS}
     for name in names:
         if name not in known:

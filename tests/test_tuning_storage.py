@@ -954,7 +954,7 @@ class TestPostgreSQL:
 
     def test_a_killed_workers_trial_is_run_again_once(self, server, children, monkeypatch):
         monkeypatch.setattr(module, "HEARTBEAT", 1)
-        monkeypatch.setattr(module, "GRACE", 2)
+        monkeypatch.setattr(module, "GRACE", 60)
         url, gate = server.database("killed"), FORK.Barrier(2)
         (dead, one), (alive, two) = (children.start(optimize_forever, url) for _ in range(2))
         (number, params), _ = one.recv(), two.recv()
@@ -962,7 +962,8 @@ class TestPostgreSQL:
         study = opened(url)
         with Worker(url, "s") as worker:
             assert requeue_lost(study, worker) == []  # its last heartbeat is fresh
-        time.sleep(3.5)
+        monkeypatch.setattr(module, "GRACE", 5)  # several of the live worker's heartbeats
+        time.sleep(7)
         racing = [children.start(requeue_at_once, url, gate) for _ in range(2)]
         assert sorted(itertools.chain(*(told.recv() for _, told in racing))) == [number]
         assert alive.is_alive() and sorted(t.state for t in study.trials) == [RUNNING, FAIL, WAITING]

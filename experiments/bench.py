@@ -17,7 +17,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.benchmarks import DEFAULT_OUT, gpu, grid, learning, lpg, memory, ppo, threads, tuning
+from experiments.benchmarks import (
+    DEFAULT_OUT,
+    estimators,
+    gpu,
+    grid,
+    learning,
+    lpg,
+    memory,
+    ppo,
+    scaling,
+    threads,
+    tuning,
+)
 from experiments.benchmarks.measure import Result, fresh
 from experiments.runs import git_revision, plain, read_json, versions
 from learned_rl.files import replacing
@@ -51,6 +63,8 @@ GROUPS: dict[str, Group] = {
     "ppo": Group(ppo.measure, "PPO on CartPole beside other implementations, many seeds at once, DPO's cost"),
     "memory": Group(memory.measure, "memory over many chained windows"),
     "tuning": Group(tuning.measure, "workers that share a study"),
+    "estimators": Group(estimators.measure, "long windows: the rematerialised meta-gradient beside the plain unroll"),
+    "scaling": Group(scaling.measure, "meta-training by two processes over that by one"),
     "gpu": Group(gpu.measure, "lpg and grid on a CUDA device"),
     "learning": Group(
         learning.measure, "learning curves beside Stable-Baselines3 (minutes)", default=False, files=True

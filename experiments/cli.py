@@ -11,13 +11,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from experiments.benchmarks import DEFAULT_OUT
 from experiments.options import parse
 from learned_rl.types import UserError
+
+if TYPE_CHECKING:
+    from experiments.meta_train import MetaTrain
+    from meta_optimizers.group import Group
 
 USAGE = """learned-rl: meta-learn the parts of a reinforcement-learning algorithm and plug them into PPO.
 
@@ -47,17 +51,27 @@ def _operand(
     raise UserError(f"{command} needs a {what}{known} before its options; see `learned-rl {command} --help`.")
 
 
-def _meta_train(words: list[str], command: list[str]) -> None:
-    from experiments.config_file import config_option, read_config
-    from experiments.meta_train import MetaTrain, meta_train
+def _meta_train(words: list[str], command: list[str], group: Group | None = None) -> None:
+    from experiments.meta_train import meta_train
+
+    args = group.together(lambda: _meta_train_settings(words)) if group else _meta_train_settings(words)
+    component = meta_train(args, command, group)
+    if group is None or group.first:
+        print(f"component: {component}")
+
+
+def _meta_train_settings(words: list[str]) -> MetaTrain:
+    from experiments.config_file import config_option, early_option, read_config
+    from experiments.meta_train import MetaTrain
     from experiments.recipes import get_recipe, recipes
 
     name, rest = _operand("meta-train", "recipe", words, recipes)
     recipe = get_recipe(name) if name else next(iter(recipes().values()))
+    estimator, rest = early_option("--estimator", "a name, such as 'rematerialised'", rest)
+    recipe = recipe.estimated_by(estimator) if estimator else recipe
     file, rest = config_option(rest)
     defaults = read_config(file, MetaTrain(recipe)) if file else MetaTrain(recipe)
-    args = parse(MetaTrain, f"meta-train {name or 'RECIPE'}", rest, defaults)
-    print(f"component: {meta_train(args, command)}")
+    return parse(MetaTrain, f"meta-train {name or 'RECIPE'}", rest, defaults)
 
 
 def _train(words: list[str], command: list[str]) -> None:
@@ -198,6 +212,16 @@ def speaking(program: str, saved: str = "the same command with --out {path} --re
         sys.exit(1)
 
 
+def _known(command: str, processes: int) -> None:
+    """Checks that there is such a command for so many processes."""
+    from learned_rl.tasks.base import unknown
+
+    if command not in COMMANDS:
+        raise unknown("command", command, COMMANDS)
+    if processes > 1 and command != "meta-train":
+        raise UserError(f"{command} runs in one process, not in {processes}: torchrun is for meta-train alone.")
+
+
 def main() -> None:
     """Entry point of `learned-rl`."""
     words = sys.argv[1:]
@@ -206,9 +230,13 @@ def main() -> None:
         sys.exit(0)
     with speaking("learned-rl"):
         from experiments.threads import set_threads
-        from learned_rl.tasks.base import unknown
+        from meta_optimizers.group import joined, started
 
         set_threads()
-        if words[0] not in COMMANDS:
-            raise unknown("command", words[0], COMMANDS)
-        COMMANDS[words[0]](words[1:], ["learned-rl", *words])
+        if started() == 1:
+            _known(words[0], 1)
+            COMMANDS[words[0]](words[1:], ["learned-rl", *words])
+            return
+        with joined() as group:
+            group.together(lambda: _known(words[0], group.size))
+            _meta_train(words[1:], [*group.launcher(), "learned-rl", *words], group)

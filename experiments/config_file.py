@@ -26,17 +26,27 @@ def config_option(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: no file follows the option.
     """
-    rest, file = list(words), None
-    if sum(word == "--config" or word.startswith("--config=") for word in words) > 1:
-        raise UserError("--config was given twice: name one file.")
+    file, rest = early_option("--config", "a file, such as the best.toml that `learned-rl tune` writes", words)
+    return None if file is None else Path(file), rest
+
+
+def early_option(option: str, what: str, words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of an option on which the others' defaults depend, and the words without it.
+
+    Raises:
+        UserError: it is given twice, or no value follows.
+    """
+    rest, value = list(words), None
+    if sum(word == option or word.startswith(f"{option}=") for word in words) > 1:
+        raise UserError(f"{option} was given twice: name one.")
     for i, word in enumerate(words):
-        if word == "--config" and i + 1 < len(words) and not words[i + 1].startswith("-"):
-            file, rest = Path(words[i + 1]), [*words[:i], *words[i + 2 :]]
-        elif word == "--config":
-            raise UserError("--config needs a file, such as the best.toml that `learned-rl tune` writes.")
-        elif word.startswith("--config="):
-            file, rest = Path(word.partition("=")[2]), [*words[:i], *words[i + 1 :]]
-    return file, rest
+        if word == option and i + 1 < len(words) and not words[i + 1].startswith("-"):
+            value, rest = words[i + 1], [*words[:i], *words[i + 2 :]]
+        elif word == option:
+            raise UserError(f"{option} needs {what}.")
+        elif word.startswith(f"{option}="):
+            value, rest = word.partition("=")[2], [*words[:i], *words[i + 1 :]]
+    return value, rest
 
 
 def write_config(path: Path, settings: Any, about: str) -> Path:

@@ -1,14 +1,21 @@
-"""`learned-rl meta-train RECIPE`: meta-train a component, keep the best by validation, leave a folder that resumes."""
+"""`learned-rl meta-train RECIPE`: meta-train a component, keep the best by validation, leave a folder that resumes.
+
+Under `torchrun` each process trains its share of the lifetimes. Only the first one has the run folder: it logs,
+validates, saves, and decides when to stop; the others follow.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from gymnasium.spaces import Discrete
+from rich.console import Console
 
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
@@ -22,6 +29,7 @@ from learned_rl.lifetimes import under
 from learned_rl.registry import make_family
 from learned_rl.tasks.base import Split, TaskFamily
 from learned_rl.types import Tree, at_least
+from meta_optimizers.group import Group, Processes
 from meta_optimizers.trainer import MetaTrainer
 
 ARTIFACT = "component.safetensors"
@@ -52,16 +60,17 @@ class MetaTrain:
 
 
 class _Session:
-    """A meta-training run: trainer, folder, the best component so far."""
+    """A meta-training run: trainer, the best component so far, and in the first process the folder."""
 
     run: Run
 
-    def __init__(self, args: MetaTrain) -> None:
+    def __init__(self, args: MetaTrain, group: Group) -> None:
         self.recipe, self.seed = args.recipe, args.seed
         self.family = make_family(args.recipe.family)
         torch.manual_seed(args.seed)  # initial weights of the component; everything else has streams of its own
         component = args.recipe.make_component()
-        self.trainer = MetaTrainer(self.family, component, args.recipe.train, args.seed, args.device)
+        device, self.group = group.device(args.device), group
+        self.trainer = MetaTrainer(self.family, component, args.recipe.train, args.seed, device, group=group)
         self.scorer = Scorer(self.family, "validation", args.recipe.validation_tasks)
         self.best, self.validated = float("-inf"), -1
         self.elapsed, self.began = 0.0, time.monotonic()
@@ -76,30 +85,38 @@ class _Session:
         before, tick = self.trainer.environment_steps, time.perf_counter()
         metrics = self.trainer.step()
         rate = (self.trainer.environment_steps - before) / (time.perf_counter() - tick)
-        self.run.log(self.trainer.steps, _tags(metrics))
+        if self.group.first:
+            self.run.log(self.trainer.steps, _tags(metrics))
         loss = metrics.get("loss", float("nan"))
         return {"return": metrics["return"], "meta_loss": loss, "steps/s": round(rate)}
 
     def validate(self) -> float:
         """Let fresh agents live on validation tasks; save the component if it is the best so far.
 
-        Returns their score at the end of life.
+        Returns their score at the end of life; not a number but in the first process, where alone they live.
         """
         trainer, recipe = self.trainer, self.recipe
+        self.validated = trainer.steps
+        if not self.group.first:
+            return float("nan")
         scored = self.scorer(fresh_lives(self.family, trainer, "validation", recipe.validation_tasks))
         final, area = iqm(scored.final), iqm(scored.area)
         score = (final + area) / 2
-        self.validated = trainer.steps
         if score > self.best or not (self.run.path / ARTIFACT).exists():
             self.best = score if np.isfinite(score) else self.best
-            artifacts.save(self.trainer.objective, self.run.path / ARTIFACT, self._provenance(final, area))
-        self.run.log(trainer.steps, {"meta/heldout_return": final, "meta/heldout_area": area})
+            artifacts.save(self.trainer.component, self.run.path / ARTIFACT, self._provenance(final, area))
+        self.run.log(trainer.steps, {"meta/heldout_return": final, "meta/heldout_area": area} | self._spent())
         self.draw()
         return final
 
+    def _spent(self) -> dict[str, float]:
+        """What the component has cost so far."""
+        return {"meta/environment_steps": float(self.trainer.environment_steps), "meta/minutes": self.seconds / 60}
+
     def draw(self) -> None:
         """Training curves so far."""
-        save_figure(metrics_figure(self.run.path), self.run.path / FIGURE)
+        if self.group.first:
+            save_figure(metrics_figure(self.run.path), self.run.path / FIGURE)
 
     def _provenance(self, final: float, area: float) -> dict[str, object]:
         recipe = self.recipe
@@ -119,20 +136,30 @@ class _Session:
         return plain(values)
 
     def checkpoint(self) -> None:
+        """Save the state of all processes; each of them must come here."""
         state: Tree = {f"trainer/{k}": v for k, v in self.trainer.state_dict().items()}
         own: Checkpoint = {"best": self.best, "validated": self.validated, "elapsed": self.seconds}
-        self.run.save_checkpoint({**state, **own})
+        if self.group.first:
+            self.run.save_checkpoint({**state, **own})
 
-    def resume(self) -> None:
-        """Continue from the checkpoint, or from the beginning where none was saved yet."""
-        saved = self.run.load_checkpoint()
-        if saved is None:
-            self.run.rewind(-1)
-            return
+    def open(self, args: MetaTrain, command: list[str]) -> tuple[Path, Checkpoint | None]:
+        """Begin the run in its folder, or find it there; the folder, and the checkpoint if one was saved yet."""
+        folder = args.out or default_folder("runs", self.recipe.name, self.seed)
+        config = plain(self.recipe)
+        config["train"]["estimator"]["name"] = self.trainer.estimator.name  # two may have the same settings
+        self.run = Run.create(
+            folder, command=command, config=config, seed=self.seed, resume=args.resume, free=EXTENSIBLE
+        )
+        saved = self.run.load_checkpoint() if args.resume else None
+        if args.resume:
+            self.run.rewind(int(saved["trainer/steps"]) if saved else -1)
+        return self.run.path, saved
+
+    def resume(self, saved: Checkpoint) -> None:
+        """Continue from a checkpoint."""
         self.trainer.load_state_dict(under("trainer", saved))  # type: ignore[arg-type]
         self.best, self.validated = float(saved["best"]), int(saved["validated"])
         self.elapsed = float(saved["elapsed"])
-        self.run.rewind(self.trainer.steps)
 
 
 def fresh_lives(family: TaskFamily, trainer: MetaTrainer, split: Split, tasks: int, seed: int = 0) -> Curves:
@@ -151,21 +178,29 @@ def fresh_lives(family: TaskFamily, trainer: MetaTrainer, split: Split, tasks: i
     )
 
 
-def meta_train(args: MetaTrain, command: list[str]) -> Path:
-    """Run the recipe to its end; returns the component's file."""
-    recipe = args.recipe
-    folder = args.out or default_folder("runs", recipe.name, args.seed)
-    session = _Session(args)  # before the folder: what cannot be built leaves none
-    run = session.run = Run.create(
-        folder, command=command, config=recipe, seed=args.seed, resume=args.resume, free=EXTENSIBLE
-    )
+def meta_train(args: MetaTrain, command: list[str], group: Group | None = None) -> Path:
+    """Run the recipe to its end; returns the component's file.
+
+    Args:
+        group: the processes over which the lifetimes are spread; each of them must come here.
+
+    Raises:
+        UserError: settings that cannot be, a folder that cannot be used, a process that is lost.
+        KeyboardInterrupt: it was interrupted, and saved; in processes that follow another, SystemExit.
+    """
+    recipe, group = args.recipe, group or Group()
+    session = group.together(lambda: _Session(args, group))  # before the folder: what cannot be built leaves none
+    folder, saved = group.told(lambda: session.open(args, command))
+    if saved is not None:
+        session.resume(saved)
     trainer = session.trainer
-    if args.resume:
-        session.resume()
-    bar = Progress(recipe.meta_steps, "meta-steps", done=trainer.steps)
-    with run, holding_interrupts() as interrupted, bar as progress:
+    console = Console(quiet=not group.first)
+    bar = Progress(recipe.meta_steps, "meta-steps", done=trainer.steps, console=console)
+    with session.run if group.first else nullcontext(), _interrupts(group) as interrupted, bar as progress:
         fields: dict[str, float | str] = {}
-        while trainer.steps < recipe.meta_steps and session.seconds < recipe.minutes * 60:
+        if session.validated < 0:
+            fields["held_out"] = session.validate()  # what fresh weights do
+        while trainer.steps < recipe.meta_steps and not group.agreed(session.seconds >= recipe.minutes * 60):
             fields |= session.step()
             if trainer.steps % recipe.validate_every == 0 or trainer.steps == recipe.meta_steps:
                 fields["held_out"] = session.validate()
@@ -174,13 +209,18 @@ def meta_train(args: MetaTrain, command: list[str]) -> Path:
             if trainer.steps % recipe.checkpoint_every == 0:
                 session.checkpoint()
             progress.update(trainer.steps, **fields)
-            if interrupted():
+            if group.agreed(interrupted()):
                 session.checkpoint()
-                raise KeyboardInterrupt(run.path)
+                raise KeyboardInterrupt(folder) if group.first else SystemExit(130)
         if session.validated != trainer.steps:
             session.validate()
         session.checkpoint()
-    return run.path / ARTIFACT
+    return folder / ARTIFACT
+
+
+def _interrupts(group: Group) -> AbstractContextManager[Callable[[], bool]]:
+    """Whether somebody wants this process to end."""
+    return nullcontext(group.asked) if isinstance(group, Processes) else holding_interrupts()
 
 
 def _tags(metrics: dict[str, float]) -> dict[str, float]:

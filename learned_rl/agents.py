@@ -38,7 +38,13 @@ class _FastTanh(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         y = torch.sigmoid(x * 2).mul_(2).sub_(1)
         ctx.save_for_backward(y)
+        ctx.save_for_forward(y)
         return y
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (y,), (tangent,) = ctx.saved_tensors, tangents
+        return torch.addcmul(tangent, tangent, y * y, value=-1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

@@ -161,7 +161,9 @@ class Objective(Component):
 
     slot = "objective"
     needs_value: ClassVar[bool] = True
-    #: names of the terms that `meta_regularisers` returns
+    #: whether its loss reads whole rollouts in the order of time, and so cannot be cut into minibatches
+    whole_rollouts: ClassVar[bool] = False
+    #: names of the terms that `agent_regularisers` and `target_regularisers` return
     regularisers: ClassVar[tuple[str, ...]] = ()
     #: whether the outer gradient passes through what `prepare` reads from `out` (else `prepare` detaches it)
     differentiates_inputs: bool = False
@@ -202,8 +204,12 @@ class Objective(Component):
             metrics: name -> [P], detached.
         """
 
-    def meta_regularisers(self, out: AgentOutput, batch: Batch) -> Metrics:
-        """Terms [P] that meta-training may add to its loss, with gradient; by name."""
+    def agent_regularisers(self, out: AgentOutput) -> Metrics:
+        """Terms [P] on what agents became, `out` [T, P, B], that meta-training may add to its loss; by name."""
+        return {}
+
+    def target_regularisers(self, batch: Batch) -> Metrics:
+        """Terms [P] on what the objective said (`prepare`d), that meta-training may add to its loss; by name."""
         return {}
 
 
@@ -268,6 +274,17 @@ def lifetime_mean(x: Tensor) -> Tensor:
     return x.mean(-1) if x.dim() == 2 else x.mean((0, 2))
 
 
+def finite(x: Tensor, axis: int = 0) -> Tensor:
+    """Whether the numbers of each lifetime are finite, [P] bool, from a tensor whose lifetime axis is given.
+
+    By their sums, which is much faster than looking at each: a sum is finite only if all that is in it is. One that
+    overflows counts as not finite.
+    """
+    with torch.no_grad():
+        others = [i for i in range(x.dim()) if i != axis]
+        return (x.sum(others) if others else x).isfinite()
+
+
 class Shield(torch.autograd.Function):
     """Identity whose gradient is zero in every lifetime where it is not finite.
 
@@ -281,14 +298,18 @@ class Shield(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Forward mode keeps lifetimes apart by itself: what is not finite stays in its row."""
+        return tangents[0].view_as(tangents[0])
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (grad,) = grads
-        finite = grad.isfinite()
-        if bool(finite.all()):
+        keep = finite(grad, ctx.axis)
+        if bool(keep.all()):
             return grad, None
-        axes = [i for i in range(grad.dim()) if i != ctx.axis]
-        keep = finite.all(axes, keepdim=True) if axes else finite  # type: ignore[call-overload]
-        return torch.where(keep, grad, torch.zeros_like(grad)), None
+        shape = [-1 if i == ctx.axis else 1 for i in range(grad.dim())]
+        return torch.where(keep.view(shape), grad, torch.zeros_like(grad)), None
 
 
 def shield(x: Tensor, axis: int) -> Tensor:

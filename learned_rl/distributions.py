@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learned_rl.streams import Streams, noise
+
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -49,8 +51,12 @@ class Distribution(ABC):
         return self.like(*map(f, self.params))
 
     @abstractmethod
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One action per state; no gradient."""
+    def sample(self, generator: torch.Generator | None = None, streams: Streams | None = None) -> Tensor:
+        """One action per state; no gradient.
+
+        Args:
+            streams: which stream each row of a batch `[P, ...]` draws from; None: its own.
+        """
 
     @abstractmethod
     def log_prob(self, action: Tensor) -> Tensor:
@@ -95,10 +101,10 @@ class Categorical(Distribution):
     def log_probs(self) -> Tensor:
         return log_softmax(self.logits)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: torch.Generator | None = None, streams: Streams | None = None) -> Tensor:
         # An exponential race: argmin of E_a / p_a is distributed as p. It needs no normalisation, and a logit that is
         # not a number yields some action instead of an error, so that one broken lifetime does not stop the others.
-        race = torch.empty_like(self.logits).exponential_(generator=generator)
+        race = noise(torch.Tensor.exponential_, self.logits, generator, streams)
         return (self.logits.detach() - race.log_()).argmax(-1)  # stop: actions are data
 
     def log_prob(self, action: Tensor) -> Tensor:
@@ -134,10 +140,10 @@ class ClippedGaussian(Distribution):
         mean, log_std = params
         return type(self)(mean, log_std, self.low, self.high)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: torch.Generator | None = None, streams: Streams | None = None) -> Tensor:
         mean = self.mean.detach()  # stop: actions are data
-        noise = torch.empty_like(mean).normal_(generator=generator)
-        return mean + self.log_std.detach().exp() * noise  # stop: actions are data
+        z = noise(torch.Tensor.normal_, mean, generator, streams)
+        return mean + self.log_std.detach().exp() * z  # stop: actions are data
 
     def log_prob(self, action: Tensor) -> Tensor:
         z = (action - self.mean) * (-self.log_std).exp()

@@ -4,8 +4,9 @@ Both kinds offer the same three things: `agent(obs)` at the present parameters, 
 `step(loss, hyper)`. The algorithm does not know which one it drives. Every touch of `higher`, its private parts too,
 is in this file.
 
-A window is one `GraphInner`: it begins at constants, and `carry` returns constants, so that lifetimes longer than a
-window are truncated backpropagation with the optimizer's state carried over.
+A window of the outer loop is a chain of `GraphInner`s, each beginning where the graph of the one before ends. Windows
+themselves begin at constants, so that lifetimes longer than one are truncated backpropagation with the optimizer's
+state carried over.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Inner(ABC):
     def branch(self) -> None:
         """Make what was computed so far a constant of the next inner gradient (but not of the outer one)."""
 
-    def _move(self, grad: Tensor, theta: Tensor, hyper: Hyper, active: Tensor | None) -> tuple[Tensor, Tree]:
-        """New parameters and state from the gradient; out of place."""
+    def move(self, grad: Tensor, theta: Tensor, hyper: Hyper, active: Tensor | None = None) -> tuple[Tensor, Tree]:
+        """The step to add to theta, and the new state, from the gradient `[P, D]`; out of place."""
         clipped = clip_norm(grad, hyper.max_grad_norm)
         step, state = self.rule.update(clipped, self.state, theta, hyper.learning_rate)
         if active is not None:
@@ -61,36 +62,53 @@ class Inner(ABC):
 
 
 class PlainInner(Inner):
-    """Ordinary training: no graph, parameters move in place."""
+    """Ordinary training: no graph, parameters move in place.
+
+    Args:
+        theta: [P, D] where to begin; None: the population itself moves.
+    """
 
     graph = False
 
+    def __init__(self, population: Population, rule: UpdateRule, state: Tree, theta: Tensor | None = None) -> None:
+        super().__init__(population, rule, state)
+        # stop: a copy of its own, of which nobody looks back
+        self._theta = population.theta if theta is None else theta.detach().clone().requires_grad_()
+
     @property
     def theta(self) -> Tensor:
-        return self.population.theta
+        return self._theta
 
     def agent(self, obs: Tensor) -> AgentOutput:
-        return self.population(obs)
+        return self.population.bind(self._theta)(obs)
 
     def branch(self) -> None:
         """Nothing to do: without an outer gradient, what was computed is simply detached."""
 
     def step(self, loss: Tensor, hyper: Hyper, active: Tensor | None = None) -> None:
-        (grad,) = torch.autograd.grad(loss.sum(), self.population.theta)
+        (grad,) = torch.autograd.grad(loss.sum(), self._theta)
         with torch.no_grad():
-            step, self.state = self._move(grad, self.population.theta, hyper, active)
-            self.population.theta.add_(step)
+            step, self.state = self.move(grad, self._theta, hyper, active)
+            self._theta.add_(step)
 
 
 class GraphInner(Inner):
-    """A window of the outer loop: every step keeps its graph, through `higher`."""
+    """Part of a window of the outer loop: every step keeps its graph, through `higher`.
+
+    Args:
+        theta: [P, D] where to begin, with the graph that leads there if it has one; None: at the population's values.
+    """
 
     graph = True
 
-    def __init__(self, population: Population, rule: UpdateRule, state: Tree) -> None:
+    def __init__(self, population: Population, rule: UpdateRule, state: Tree, theta: Tensor | None = None) -> None:
         super().__init__(population, rule, state)
         # copy_initial_weights: the window begins at a detached copy, so the population itself stays as it was.
         self._fast = higher.monkeypatch(population, copy_initial_weights=True)
+        if theta is not None:
+            # stop: constants have no graph to go on; the inner gradient needs a leaf
+            self._fast.update_params([theta if theta.requires_grad else theta.detach().requires_grad_()])
+            del self._fast._fast_params[:-1]
         torch_side = RuleOptimizer([population.theta], rule, rows=True)
         self._optimizer = _HigherRule(torch_side, [population.theta], fmodel=self._fast)
         # Weak, since a cycle would keep the window's tensors until Python happens to look for cycles.
@@ -129,5 +147,5 @@ class _HigherRule(DifferentiableOptimizer):
     def _update(self, grouped_grads: list[list[Tensor]], **kwargs: Any) -> None:
         (group,), ((grad,),) = self.param_groups, grouped_grads
         (theta,) = group["params"]
-        step, self.inner.state = self.inner._move(grad, theta, self.hyper, self.active)
+        step, self.inner.state = self.inner.move(grad, theta, self.hyper, self.active)
         group["params"][0] = theta + step

@@ -19,6 +19,7 @@ from learned_rl.component import Context, Hyper
 from learned_rl.distributions import Distribution, stack
 from learned_rl.inner_loop import GraphInner, Inner, PlainInner
 from learned_rl.ppo import Algorithm, UpdateRecord
+from learned_rl.streams import Streams
 from learned_rl.tasks.base import LifetimeEnv, Split, TaskFamily
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tasks, Tree, UserError, stream, stream_seed
@@ -32,6 +33,7 @@ def rollout(
     steps: int,
     generator: torch.Generator,
     greedy: bool = False,
+    streams: Streams | None = None,
 ) -> Trajectory:
     """Act for `steps` steps in every copy.
 
@@ -40,6 +42,7 @@ def rollout(
         env:    a vector environment over N = P * B copies (see `learned_rl.tasks.base`).
         obs:    [P, B, ...] where to begin.
         greedy: take the most likely action instead of a sample.
+        streams: which stream each lifetime's actions are drawn from; None: its own.
 
     Returns:
         Experience [T, P, B]; its last row of observations is where the next rollout begins.
@@ -49,7 +52,7 @@ def rollout(
     policies: list[Distribution] = []
     for _ in range(steps):
         distribution = policy(obs).policy
-        action = distribution.mode() if greedy else distribution.sample(generator)
+        action = distribution.mode() if greedy else distribution.sample(generator, streams)
         obs, reward, terminated, truncated, info = env.step(distribution.to_env(action).flatten(0, 1))
         obs = obs.unflatten(0, lead)
         seen.append(obs)
@@ -123,6 +126,12 @@ class Lifetimes:
         tasks:     the P tasks; None draws them, and draws a new one whenever a lifetime restarts.
         split:     the side of the family from which tasks are drawn.
         hyper:     configured numbers, each a float or [P, 1]; None: those of the algorithm's config.
+        streams:   which random stream each lifetime draws from; None: a stream for each. Lifetimes that share one have
+                   the same tasks, initial agents, horizons and luck. A process that holds some of many lifetimes names
+                   theirs (see `learned_rl.streams`).
+
+    Raises:
+        UserError: tasks or streams for another number of lifetimes.
     """
 
     def __init__(
@@ -136,12 +145,15 @@ class Lifetimes:
         tasks: Tasks | None = None,
         split: Split = "train",
         hyper: Hyper | None = None,
+        streams: Streams | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.family, self.algorithm, self.seed, self.split = family, algorithm, seed, split
         self.hyper = hyper or algorithm.config.hyper
         self.device, self.dtype = torch.device(device), dtype
+        self.streams = Streams.of(streams, lifetimes).to(self.device)
+        self._stream = self.streams.index.tolist()  # of each lifetime
         for _, component in algorithm.slots.items():
             component.to(self.device)
         if tasks is not None and (given := len(next(iter(tasks.values())))) != lifetimes:
@@ -159,7 +171,8 @@ class Lifetimes:
         self.generator = torch.Generator(self.device).manual_seed(stream_seed("policy", split, seed))
         tasks = tasks if tasks is not None else self._draw_tasks(range(lifetimes))
         env_seed = stream_seed("environment", split, seed) % 2**31
-        self.env = family.make(tasks, algorithm.config.n_envs, env_seed, device)
+        shared = {} if self.streams.whole else {"streams": self.streams}  # a family that knows none of them will do
+        self.env = family.make(tasks, algorithm.config.n_envs, env_seed, device, **shared)
         self.obs = self._shaped(self.env.reset(seed=env_seed)[0])
         self.episodes = EpisodeTracker(lifetimes, algorithm.config.n_envs, device, dtype)
         for p in range(lifetimes):
@@ -181,7 +194,8 @@ class Lifetimes:
     def collect(self, inner: Inner, steps: int | None = None) -> Trajectory:
         """Experience at the inner loop's present parameters; environments go on from where they were."""
         policy = self.population.bind(inner.theta.detach(), policy_only=True)  # stop: acting makes data
-        trajectory = rollout(policy, self.env, self.obs, steps or self.algorithm.config.n_steps, self.generator)
+        steps = steps or self.algorithm.config.n_steps
+        trajectory = rollout(policy, self.env, self.obs, steps, self.generator, streams=self.streams)
         self.obs = trajectory.obs[-1]
         return trajectory if self.dtype == torch.float32 else _cast(trajectory, self.dtype)
 
@@ -211,14 +225,21 @@ class Lifetimes:
         """[P] bool: lifetimes whose updates are spent."""
         return self.age >= self.horizon
 
-    def restart(self, which: Tensor) -> None:
-        """Fresh agents (and fresh tasks, unless they were given) for the lifetimes where `which [P]` is true."""
+    def restart(self, which: Tensor, elsewhere: bool = False) -> None:
+        """Fresh agents (and fresh tasks, unless they were given) for the lifetimes where `which [P]` is true.
+
+        Those of one stream stay alike only if they restart together.
+
+        Args:
+            elsewhere: lifetimes of another process restart at this moment. All processes make the draws of a restart
+                together, or those of the next one would differ from a single process's.
+        """
         index = which.nonzero().flatten().cpu()
-        if not len(index):
+        if not len(index) and not elsewhere:
             return
         self.life[index] += 1
         present = {k: v[index] for k, v in self.tasks().items()}
-        tasks = present if self.fixed_tasks else self._draw_tasks(index.tolist())
+        tasks = present if self.fixed_tasks or not len(index) else self._draw_tasks(index.tolist())
         obs = self.env.set_tasks(index, tasks)
         self.obs = torch.where(_rows(which, self.obs), self._shaped(obs), self.obs)
         fresh_memory = {k: v.to(self.device) for k, v in self.algorithm.initial_memory(len(self)).items()}
@@ -231,18 +252,21 @@ class Lifetimes:
     def stagger(self, multiple: int = 1) -> None:
         """Let the first lifetimes end early, one after the other, so that ages spread over the horizon for good.
 
+        The order is that of their streams, over all processes; those of one stream end together.
+
         Args:
             multiple: lifetimes last a multiple of this many updates (the outer loop's window).
         """
-        share = torch.arange(1, len(self) + 1, device=self.device) / len(self)
+        share = (self.streams.index + 1) / self.streams.total
         self.horizon = (self.horizon * share / multiple).ceil().clamp(min=1) * multiple
 
     @torch.no_grad()
     def _fresh_agent(self, p: int) -> None:
         low, high = (math.log(h) for h in self.horizon_range)
-        uniform = torch.rand((), generator=stream("horizon", self.split, self.seed, p, int(self.life[p]))).item()
+        which = (self.split, self.seed, self._stream[p], int(self.life[p]))
+        uniform = torch.rand((), generator=stream("horizon", *which)).item()
         self.horizon[p] = round(math.exp(low + (high - low) * uniform))
-        row = self.population.initial(stream("agent", self.split, self.seed, p, int(self.life[p])))
+        row = self.population.initial(stream("agent", *which))
         self.population.theta[p] = row.to(self.device)
         fresh = self.algorithm.slots.optimizer.initial_state(self.population.theta[p : p + 1])
         for name, value in fresh.items():
@@ -270,7 +294,8 @@ class Lifetimes:
         self.hyper = self.hyper.replace(**{k: v[rows] for k, v in vars(self.hyper).items() if isinstance(v, Tensor)})
 
     def _draw_tasks(self, lifetimes: Iterable[int]) -> Tasks:
-        draws = [self.family.sample(1, stream(self.split, self.seed, p, int(self.life[p]))) for p in lifetimes]
+        streams = (stream(self.split, self.seed, self._stream[p], int(self.life[p])) for p in lifetimes)
+        draws = [self.family.sample(1, each) for each in streams]
         return {k: torch.cat([d[k] for d in draws]) for k in draws[0]}
 
     def tasks(self) -> Tasks:
@@ -283,7 +308,17 @@ class Lifetimes:
     # --- save and resume ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> Tree:
-        """Tensors only; loading them continues to the same numbers."""
+        """Tensors only; loading them continues to the same numbers.
+
+        Every entry holds one row for each lifetime, `[P, ...]`, or for each of its environment copies, `[N, ...]`, but
+        for
+
+        * `running` [2, P, B], whose rows are on axis 1;
+        * names that end with `generator`, and entries without any axis (the seed and the number of resumptions of a
+          gymnasium environment): they are shared, the same in every process after the same update.
+
+        `learned_rl.streams.join` makes one state of those of several processes by this rule, `part` the reverse.
+        """
         # stop: saved values
         named = {"theta": self.population.theta.detach(), "obs": self.obs, "age": self.age, "life": self.life}
         named |= {"horizon": self.horizon, "running": self.episodes.running, "generator": self.generator.get_state()}
@@ -298,6 +333,13 @@ class Lifetimes:
 
     @torch.no_grad()
     def load_state_dict(self, state: Tree) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            UserError: a state of another number of lifetimes.
+        """
+        if (saved := len(state["theta"])) != len(self):
+            raise UserError(f"a state of {saved} lifetimes was given: expected one of {len(self)}, as `part` takes it.")
         state = {k: v.to(self.device) if "generator" not in k else v for k, v in state.items()}
         self.population.theta.copy_(state["theta"])
         self.obs, self.age, self.horizon = state["obs"], state["age"], state["horizon"]

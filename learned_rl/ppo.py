@@ -27,6 +27,7 @@ from learned_rl.component import (
     Objective,
     Reward,
     UpdateRule,
+    finite,
     shield,
 )
 from learned_rl.defaults import Constants, ConstantsConfig, EnvironmentReward, NoAuxiliary, PPOClip, PPOClipConfig
@@ -169,10 +170,16 @@ class Algorithm:
 
     Args:
         agent: makes the agents' architecture (see `ModuleAgent` for any `nn.Module`); None: as configured.
+
+    Raises:
+        UserError: minibatches for an objective that reads whole rollouts.
     """
 
     def __init__(self, config: PPOConfig, slots: Slots, agent: AgentFactory | None = None) -> None:
         self.config, self.slots, self.agent_factory = config, slots, agent
+        if slots.objective.whole_rollouts and config.n_minibatches > 1:
+            name = slots.objective.name
+            raise UserError(f"n_minibatches is {config.n_minibatches}: {name!r} reads whole rollouts; expected 1.")
 
     def make_agent(self, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Agent:
         """The agent that the configuration names, with the heads that the components need."""
@@ -252,8 +259,7 @@ class Algorithm:
         hyper, memory["hyperparameters"] = slots.hyperparameters(hyper, trajectory, _of("hyperparameters", context))
         hyper = hyper.replace(**{k: shield(v, 0) for k, v in vars(hyper).items() if isinstance(v, Tensor)})
         reward, memory["reward"] = slots.reward(trajectory, _of("reward", context))
-        with torch.no_grad():
-            alive = inner.theta.isfinite().all(1) & trajectory.reward.isfinite().all(2).all(0)
+        alive = finite(inner.theta) & finite(trajectory.reward, 1)
         if not bool(alive.all()):
             reward = torch.where(alive[:, None], reward, torch.zeros_like(reward))
         return dataclasses.replace(trajectory, reward=shield(reward, 1)), hyper, memory, alive
@@ -284,10 +290,10 @@ class Algorithm:
             return
         obs = flatten_time(trajectory.obs[:-1])
         flat = {k: flatten_time(v) for k, v in rows.items()}
-        for _ in range(c.n_epochs):
-            for index in torch.randperm(obs.shape[1], generator=generator, device=obs.device).tensor_split(
-                c.n_minibatches
-            ):
+        # Drawn whether or not all epochs are run: what follows must not depend on when a divergence stops an update.
+        orders = [torch.randperm(obs.shape[1], generator=generator, device=obs.device) for _ in range(c.n_epochs)]
+        for order in orders:
+            for index in order.tensor_split(c.n_minibatches):
                 yield inner.agent(obs.index_select(1, index)), {k: v.index_select(1, index) for k, v in flat.items()}
 
 

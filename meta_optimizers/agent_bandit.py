@@ -79,11 +79,12 @@ class AgentBandit:
             self.arm[p] = torch.multinomial(self.probabilities(), 1, generator=self.generator)
             self.count[self.arm[p]] += 1
 
-    def hyper(self, base: Hyper, like: Tensor) -> Hyper:
-        """The base numbers with each lifetime's arm, `[P, 1]`; the base itself where there is nothing to choose."""
+    def hyper(self, base: Hyper, like: Tensor, lifetimes: Tensor) -> Hyper:
+        """The base numbers with the arms of some lifetimes (indices [P]), `[P, 1]`; the base itself where there is
+        nothing to choose."""
         if len(self.arms) == 1:
             return base
-        rate, coef = self.arms[self.arm].to(like).split(1, 1)
+        rate, coef = self.arms[self.arm[lifetimes]].to(like).split(1, 1)
         return base.replace(learning_rate=rate, prediction_coef=coef)
 
     def state_dict(self) -> Tree:

@@ -21,7 +21,7 @@ from learned_rl.returns import gae
 from learned_rl.spaces import LogOneMinus, LogUniform, PowersOfTwo, searched
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import Tree, at_least, stream
+from learned_rl.types import Tree, UserError, at_least, stream
 from learned_rl.update_rules import Adam, select_rows
 
 
@@ -42,22 +42,30 @@ class OuterCriticConfig:
 
     def __post_init__(self) -> None:
         at_least(1, epochs=self.epochs)
+        for name in ("gamma", "gae_lambda"):
+            if getattr(self, name) > 1:
+                raise UserError(f"{name} is {getattr(self, name)}: expected at most 1.")
         at_least(0, gamma=self.gamma, gae_lambda=self.gae_lambda, learning_rate=self.learning_rate)
 
 
 class OuterCritic:
-    """P value functions that learn beside P agents."""
+    """P value functions that learn beside P agents.
+
+    Args:
+        streams: [P] from which random stream each draws its initial weights.
+    """
 
     def __init__(
         self,
         config: OuterCriticConfig,
         family: TaskFamily,
-        lifetimes: int,
+        streams: Tensor,
         seed: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.streams = config, seed, streams.tolist()
+        lifetimes = len(self.streams)
         agent = make_agent(config.agent, family.observation_space, None, value=True)
         self.population = Population(agent, lifetimes, dtype).to(device)
         rule = Adam()
@@ -93,9 +101,9 @@ class OuterCritic:
     def restart(self, which: Tensor, life: Tensor) -> None:
         """Fresh value functions where `which [P]` is true; `life [P]` counts each lifetime's restarts."""
         for p in which.nonzero().flatten().tolist():
-            self.population.theta[p] = self.population.initial(stream("critic", self.seed, p, int(life[p]))).to(
-                which.device
-            )
+            self.population.theta[p] = self.population.initial(
+                stream("critic", self.seed, self.streams[p], int(life[p]))
+            ).to(which.device)
         fresh = self._inner.rule.initial_state(self.population.theta.detach())  # stop: initial state
         self._inner.state = {k: select_rows(which, fresh[k], v) for k, v in self._inner.state.items()}
 

@@ -173,11 +173,14 @@ class LPG(Objective):
         # stop: only to look at
         return policy_loss + coef * prediction_loss, {k: v.detach() for k, v in metrics.items()}
 
-    def meta_regularisers(self, out: AgentOutput, batch: Batch) -> Metrics:
-        """Entropy of y (to be raised), and the sizes of pi_hat and y_hat (to be kept small); section 3.4."""
+    def agent_regularisers(self, out: AgentOutput) -> Metrics:
+        """Entropy of y (to be raised); section 3.4."""
         y = softmax(out.heads["prediction"])
+        return {"prediction_entropy": lifetime_mean(-(y * (y + EPS).log()).sum(-1))}
+
+    def target_regularisers(self, batch: Batch) -> Metrics:
+        """Sizes of pi_hat and y_hat (to be kept small); section 3.4."""
         return {
-            "prediction_entropy": lifetime_mean(-(y * (y + EPS).log()).sum(-1)),
             "pi_hat_square": lifetime_mean(batch["pi_hat"].square()),
             "y_hat_square": lifetime_mean(batch["y_hat"].square().sum(-1)),
         }

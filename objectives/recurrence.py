@@ -5,13 +5,15 @@ Where `reset[t]` is true the state that comes from step t + 1 is zeroed before s
 across an episode's end. Features come before sequences, so that every gate is one contiguous block.
 
 The meta-gradient reaches the weights once and no inner gradient passes through a core, so the whole recursion is one
-autograd node with a hand-written derivative. Nobody differentiates that derivative: asking for it is an error.
+autograd node with hand-written derivatives, backwards and forwards. Nobody differentiates those: asking for it is an
+error. Under `torch.vmap` the node stays one node, with weights for each lifetime.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,6 +54,44 @@ class ReverseCore(nn.Module, ABC):
         """[T, H, n] as one autograd node."""
 
 
+class _Fused(torch.autograd.Function):
+    """A whole recursion. Its first output is `hidden`; the others are what the derivatives read, and have none.
+
+    Args:
+        projected: [T, G, n] the inputs' share of the G = gates * H pre-activations.
+        keep:      [T, 1, n] 0 where the state is reset, else 1.
+        weights:   [G, H] of the state, and whatever else the cell has.
+
+    With weights for each lifetime all of these have an axis P more: behind T, and in front of the weights' own.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        (projected, keep, weight, *rest), inner = inputs, output[1:]
+        ctx.mark_non_differentiable(*inner)
+        ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient
+        ctx.save_for_backward(keep, weight, *inner)
+        ctx.save_for_forward(projected, keep, weight, *rest, *inner)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[tuple[Tensor, ...], int]:
+        moved = []
+        for x, dim, axis in zip(inputs, in_dims, (1, 1, 0, 0), strict=False):
+            shared = (*x.shape[:axis], info.batch_size, *x.shape[axis:])
+            moved.append(x.unsqueeze(axis).expand(shared) if dim is None else x.movedim(dim, axis))
+        return cls.apply(*moved), 1
+
+
+def _products(weight: Tensor) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Product, and product added to something, of matrices or of batches of them, as `weight` is."""
+    return (torch.mm, torch.addmm) if weight.dim() == 2 else (torch.bmm, torch.baddbmm)
+
+
+def _filled(derivatives: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros in place of what is None."""
+    return [torch.zeros_like(x) if d is None else d for d, x in zip(derivatives, like, strict=True)]
+
+
 class ReverseGRU(ReverseCore):
     """Gated recurrent unit (Cho et al., 2014), with one bias inside the reset gate.
 
@@ -65,50 +105,69 @@ class ReverseGRU(ReverseCore):
         self.bias_n = nn.Parameter(torch.zeros(width))
 
     def _fused(self, projected: Tensor, keep: Tensor) -> Tensor:
-        return _FusedGRU.apply(projected, keep, self.weight_h, self.bias_n)
+        return _FusedGRU.apply(projected, keep, self.weight_h, self.bias_n)[0]
 
 
-class _FusedGRU(torch.autograd.Function):
+class _FusedGRU(_Fused):
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, keep: Tensor, weight: Tensor, bias_n: Tensor) -> Tensor:
-        T, n, H = projected.shape[0], projected.shape[2], weight.shape[1]
-        h = projected.new_zeros(H, n)
-        before, news, hidden = (projected.new_empty(T, H, n) for _ in range(3))
-        gates, products = projected.new_empty(T, 2 * H, n), projected.new_empty(T, 3 * H, n)
+    def forward(projected: Tensor, keep: Tensor, weight: Tensor, bias_n: Tensor) -> tuple[Tensor, ...]:
+        T, *lead, _, n = projected.shape
+        H, (product, _) = weight.shape[-1], _products(weight)
+        h = projected.new_zeros(*lead, H, n)
+        before, news, hidden = (projected.new_empty(T, *lead, H, n) for _ in range(3))
+        gates, products = (projected.new_empty(T, *lead, k * H, n) for k in (2, 3))
+        (x_rz, x_n), (a_rz, a_n) = (x.split((2 * H, H), -2) for x in (projected, products))
+        r, z = gates.split(H, -2)
         for t in reversed(range(T)):
             torch.mul(h, keep[t], out=before[t])
-            a = torch.mm(weight, before[t], out=products[t])
-            torch.add(projected[t, : 2 * H], a[: 2 * H], out=gates[t]).sigmoid_()
-            a[2 * H :] += bias_n.unsqueeze(-1)
-            torch.addcmul(projected[t, 2 * H :], gates[t, :H], a[2 * H :], out=news[t]).tanh_()
-            torch.lerp(news[t], before[t], gates[t, H:], out=hidden[t])
-            h = hidden[t]
-        ctx.save_for_backward(keep, weight, before, gates, news, products[:, 2 * H :])
-        return hidden
+            product(weight, before[t], out=products[t])
+            torch.add(x_rz[t], a_rz[t], out=gates[t]).sigmoid_()
+            inner = a_n[t].add_(bias_n.unsqueeze(-1))
+            torch.addcmul(x_n[t], r[t], inner, out=news[t]).tanh_()
+            h = torch.lerp(news[t], before[t], z[t], out=hidden[t])
+        return hidden, before, gates, news, a_n
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         keep, weight, before, gates, news, inner = ctx.saved_tensors
-        (grad,) = grads
-        T, H, n = before.shape
-        carry, d_weight = grad.new_zeros(H, n), torch.zeros_like(weight)
-        d_x = grad.new_empty(T, 3 * H, n)  # derivative of the input's pre-activations
-        d_a = grad.new_empty(3 * H, n)  # derivative of the state's product at one step
-        d_bias = grad.new_zeros(H)
+        (grad,), (_, product_added) = _filled(grads[:1], [before]), _products(weight)
+        T, *lead, H, n = before.shape
+        carry, d_weight = grad.new_zeros(*lead, H, n), torch.zeros_like(weight)
+        d_x = grad.new_empty(T, *lead, 3 * H, n)  # derivative of the input's pre-activations
+        d_a = grad.new_empty(*lead, 3 * H, n)  # derivative of the state's product at one step
+        d_bias = grad.new_zeros(*lead, H)
+        (d_r, d_z, d_n), d_rz = d_x.split(H, -2), d_x[..., : 2 * H, :]
+        (r, z), (d_a_rz, d_a_n) = gates.split(H, -2), d_a.split((2 * H, H), -2)
         for t in range(T):
-            dh = grad[t] + carry
-            r, z, new, h = gates[t, :H], gates[t, H:], news[t], before[t]
-            dhz = dh * z
-            d_new = torch.addcmul(dh - dhz, dh - dhz, new * new, value=-1, out=d_x[t, 2 * H :])
-            torch.mul(d_new * inner[t], torch.addcmul(r, r, r, value=-1), out=d_x[t, :H])
-            torch.mul(dhz * (h - new), 1 - z, out=d_x[t, H : 2 * H])
-            d_a[: 2 * H] = d_x[t, : 2 * H]
-            torch.mul(d_new, r, out=d_a[2 * H :])
-            d_weight.addmm_(d_a, h.T)
-            d_bias += d_a[2 * H :].sum(1)
-            carry = torch.addmm(dhz, weight.T, d_a).mul_(keep[t])
+            dh, new, h = grad[t] + carry, news[t], before[t]
+            dhz = dh * z[t]
+            d_new = torch.addcmul(dh - dhz, dh - dhz, new * new, value=-1, out=d_n[t])
+            torch.mul(d_new * inner[t], torch.addcmul(r[t], r[t], r[t], value=-1), out=d_r[t])
+            torch.mul(dhz * (h - new), 1 - z[t], out=d_z[t])
+            d_a_rz.copy_(d_rz[t])
+            torch.mul(d_new, r[t], out=d_a_n)
+            product_added(d_weight, d_a, h.mT, out=d_weight)
+            d_bias += d_a_n.sum(-1)
+            carry = product_added(dhz, weight.mT, d_a).mul_(keep[t])
         return d_x, None, d_weight, d_bias
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, before, gates, news, inner = ctx.saved_tensors
+        _, keep, weight, _ = inputs
+        d_x, _, d_weight, d_bias = _filled(tangents, inputs)
+        H, d_h, rows = weight.shape[-1], torch.zeros_like(before[0]), []
+        for t in reversed(range(len(before))):
+            d_before, (r, z), new = d_h * keep[t], gates[t].split(H, -2), news[t]
+            d_a_r, d_a_z, d_a_n = (d_weight @ before[t] + weight @ d_before).split(H, -2)
+            d_x_r, d_x_z, d_x_n = d_x[t].split(H, -2)
+            d_r, d_z = r * (1 - r) * (d_x_r + d_a_r), z * (1 - z) * (d_x_z + d_a_z)
+            d_new = (1 - new * new) * (d_x_n + d_r * inner[t] + r * (d_a_n + d_bias.unsqueeze(-1)))
+            d_h = d_new + d_z * (before[t] - new) + z * (d_before - d_new)
+            rows.append(d_h)
+        return torch.stack(rows[::-1]), None, None, None, None
 
 
 class ReverseLSTM(ReverseCore):
@@ -125,51 +184,65 @@ class ReverseLSTM(ReverseCore):
             self.bias[width : 2 * width] = 1.0
 
     def _fused(self, projected: Tensor, keep: Tensor) -> Tensor:
-        return _FusedLSTM.apply(projected, keep, self.weight_h)
+        return _FusedLSTM.apply(projected, keep, self.weight_h)[0]
 
 
-class _FusedLSTM(torch.autograd.Function):
+class _FusedLSTM(_Fused):
     @staticmethod
-    def forward(ctx: Any, projected: Tensor, keep: Tensor, weight: Tensor) -> Tensor:
-        T, n, H = projected.shape[0], projected.shape[2], weight.shape[1]
-        h, c = (projected.new_zeros(H, n) for _ in range(2))
-        before, cells, tanh_c, hidden = (projected.new_empty(T, H, n) for _ in range(4))
-        gates = projected.new_empty(T, 4 * H, n)
+    def forward(projected: Tensor, keep: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        T, *lead, _, n = projected.shape
+        H, (_, product_added) = weight.shape[-1], _products(weight)
+        h, c = (projected.new_zeros(*lead, H, n) for _ in range(2))
+        before, cells, tanh_c, hidden = (projected.new_empty(T, *lead, H, n) for _ in range(4))
+        gates = projected.new_empty(T, *lead, 4 * H, n)
+        (i, f, o, g), sigmoids = gates.split(H, -2), gates[..., : 3 * H, :]
         for t in reversed(range(T)):
             torch.mul(h, keep[t], out=before[t])
-            torch.addmm(projected[t], weight, before[t], out=gates[t])
-            gates[t, : 3 * H].sigmoid_()
-            gates[t, 3 * H :].tanh_()
-            i, f, o, g = gates[t].split(H)
+            product_added(projected[t], weight, before[t], out=gates[t])
+            sigmoids[t].sigmoid_()
+            g[t].tanh_()
             torch.mul(c, keep[t], out=cells[t])  # the cell that step t forgets from
-            c = torch.addcmul(f * cells[t], i, g)
+            c = torch.addcmul(f[t] * cells[t], i[t], g[t])
             torch.tanh(c, out=tanh_c[t])
-            torch.mul(o, tanh_c[t], out=hidden[t])
-            h = hidden[t]
-        ctx.save_for_backward(keep, weight, before, gates, cells, tanh_c)
-        return hidden
+            h = torch.mul(o[t], tanh_c[t], out=hidden[t])
+        return hidden, before, gates, cells, tanh_c
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         keep, weight, before, gates, cells, tanh_c = ctx.saved_tensors
-        (grad,) = grads
-        T, H, n = before.shape
-        d_h, d_c, d_weight = grad.new_zeros(H, n), grad.new_zeros(H, n), torch.zeros_like(weight)
-        d_a = grad.new_empty(T, 4 * H, n)
-        for t in range(T):
-            i, f, o, g = gates[t].split(H)
+        (grad,), H, (product, product_added) = _filled(grads[:1], [before]), weight.shape[-1], _products(weight)
+        d_h, d_c = (grad.new_zeros(before.shape[1:]) for _ in range(2))
+        d_a, d_weight = torch.empty_like(gates), torch.zeros_like(weight)
+        (i, f, o, g), (d_i, d_f, d_o, d_g) = gates.split(H, -2), d_a.split(H, -2)
+        for t in range(len(before)):
             dh = grad[t] + d_h
-            dho = dh * o
+            dho = dh * o[t]
             dc = d_c + dho - dho * tanh_c[t] * tanh_c[t]
-            torch.mul(dc * g, torch.addcmul(i, i, i, value=-1), out=d_a[t, :H])
-            torch.mul(dc * cells[t], torch.addcmul(f, f, f, value=-1), out=d_a[t, H : 2 * H])
-            torch.mul(dho * tanh_c[t], 1 - o, out=d_a[t, 2 * H : 3 * H])
-            torch.mul(dc * i, 1 - g * g, out=d_a[t, 3 * H :])
-            d_weight.addmm_(d_a[t], before[t].T)
-            d_c = dc * f * keep[t]
-            d_h = torch.mm(weight.T, d_a[t]).mul_(keep[t])
+            torch.mul(dc * g[t], torch.addcmul(i[t], i[t], i[t], value=-1), out=d_i[t])
+            torch.mul(dc * cells[t], torch.addcmul(f[t], f[t], f[t], value=-1), out=d_f[t])
+            torch.mul(dho * tanh_c[t], 1 - o[t], out=d_o[t])
+            torch.mul(dc * i[t], 1 - g[t] * g[t], out=d_g[t])
+            product_added(d_weight, d_a[t], before[t].mT, out=d_weight)
+            d_c = dc * f[t] * keep[t]
+            d_h = product(weight.mT, d_a[t]).mul_(keep[t])
         return d_a, None, d_weight
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, before, gates, cells, tanh_c = ctx.saved_tensors
+        _, keep, weight = inputs
+        d_x, _, d_weight = _filled(tangents, inputs)
+        d_h, d_c, rows = torch.zeros_like(before[0]), torch.zeros_like(before[0]), []
+        for t in reversed(range(len(before))):
+            i, f, o, g = gates[t].split(weight.shape[-1], -2)
+            d_a = d_x[t] + d_weight @ before[t] + weight @ (d_h * keep[t])
+            d_i, d_f, d_o, d_g = d_a.split(weight.shape[-1], -2)
+            d_c = f * (d_c * keep[t] + (1 - f) * d_f * cells[t]) + i * ((1 - i) * d_i * g + (1 - g * g) * d_g)
+            d_h = o * ((1 - o) * d_o * tanh_c[t] + (1 - tanh_c[t] * tanh_c[t]) * d_c)
+            rows.append(d_h)
+        return torch.stack(rows[::-1]), None, None, None, None
 
 
 CORES: dict[Literal["gru", "lstm"], type[ReverseCore]] = {"gru": ReverseGRU, "lstm": ReverseLSTM}

@@ -252,8 +252,8 @@ def test_an_incomplete_header(file, missing):
 
 
 def test_an_unknown_component(file):
-    rewrite(file, component="lgp")
-    with pytest.raises(UserError, match=r"'lgp'.* is 'lpg'") as error:
+    rewrite(file, component="lpgg")
+    with pytest.raises(UserError, match=r"'lpgg'.* is 'lpg'") as error:
         load(file)
     assert str(file) in str(error.value)
 

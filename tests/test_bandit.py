@@ -5,11 +5,13 @@ import torch
 from torch.testing import assert_close
 
 from learned_rl.component import Hyper
-from learned_rl.defaults import PPOClip
+from learned_rl.tasks.bandits import BanditFamily
 from learned_rl.types import UserError, stream
 from meta_optimizers.agent_bandit import MEMORY, AgentBandit, AgentBanditConfig
-from meta_optimizers.truncated import TruncatedConfig, TruncatedMetaGradient
+from meta_optimizers.learning import OuterLossConfig
+from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from objectives.lpg import LPG
+from tests.example_components import RunningReward
 
 LIFETIMES = 8
 EVERY = torch.ones(LIFETIMES, dtype=torch.bool)
@@ -82,13 +84,13 @@ def test_an_arm_that_breaks_its_lifetimes_does_not_take_over(last_return):
 def test_numbers_follow_the_arms():
     b = bandit(rates=(0.1, 1.0), coefs=(0.3, 0.6))
     b.arm = torch.tensor([0, 1, 2, 3] * 2)
-    hyper = b.hyper(Hyper(), torch.zeros(1, dtype=torch.float64))
+    hyper = b.hyper(Hyper(), torch.zeros(1, dtype=torch.float64), torch.arange(8))
     expected = torch.tensor([[0.1, 0.3], [0.1, 0.6], [1.0, 0.3], [1.0, 0.6]] * 2, dtype=torch.float64)
     assert_close(torch.cat([hyper.learning_rate, hyper.prediction_coef], 1), expected, rtol=1e-6, atol=0)
     assert hyper.aux_coef == Hyper().aux_coef  # the auxiliary slot's weight is another number
     only = bandit(rates=())
     base = Hyper(learning_rate=3.0)
-    assert only.hyper(base, torch.zeros(1)) is base
+    assert only.hyper(base, torch.zeros(1), torch.arange(8)) is base
 
 
 def test_its_state_continues_the_same_draws():
@@ -108,8 +110,13 @@ def test_its_state_continues_the_same_draws():
 
 def test_an_unknown_regulariser_is_refused():
     objective = LPG(predictions=3, width=4)
+
+    def train(component, **weights):
+        config = MetaTrainConfig(lifetimes=2, loss=OuterLossConfig(regularisers=weights))
+        MetaTrainer(BanditFamily("bernoulli-5"), component, config)
+
     with pytest.raises(UserError, match=r"regulariser of 'lpg' 'pi_hat_squares': .* is 'pi_hat_square'"):
-        TruncatedMetaGradient(TruncatedConfig(regularisers={"y_hat_square": 1.0, "pi_hat_squares": 0.1}), objective)
+        train(objective, y_hat_square=1.0, pi_hat_squares=0.1)
     with pytest.raises(UserError, match="regulariser of 'ppo_clip' 'entropy': there is none"):
-        TruncatedMetaGradient(TruncatedConfig(regularisers={"entropy": 0.1}), PPOClip())
-    TruncatedMetaGradient(TruncatedConfig(regularisers=dict.fromkeys(objective.regularisers, 0.1)), objective)
+        train(RunningReward(), entropy=0.1)
+    train(objective, **dict.fromkeys(objective.regularisers, 0.1))

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench
-from experiments.benchmarks import gpu, grid, learning, lpg, memory, ppo, threads
+from experiments.benchmarks import gpu, grid, learning, lpg, memory, ppo, scaling, threads
 from experiments.benchmarks.cleanrl_style import CleanRLStyle
 from experiments.benchmarks.contenders import NO_SB3, SB3, PPOSettings, has_sb3, ours, sb3
 from experiments.benchmarks.measure import Result, Rounds, fresh
@@ -119,6 +119,22 @@ def test_threads_compare_one_with_two(monkeypatch):
     assert asked == [1, 2] * 4 and sum("busy" in r.name for r in rows) == 2
     for r in rows:
         assert r.ratio == pytest.approx(r.value / float(r.note.split()[2]), rel=1e-3)
+
+
+SCALING = scaling.Settings(LPG, width=8, meta_steps=2, rounds=3)
+
+
+def test_scaling_counts_the_updates_of_all_processes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(scaling, "spent", lambda s, size: asked.append(size) or {1: 4.0, 2: 2.5}[size])
+    one, two = scaling.measure(SCALING)
+    assert asked == [1, 2] * 3
+    assert (one.value, two.value, two.ratio, two.target) == (2 * 2 * 2 / 4, 2 * 2 * 2 / 2.5, 1.6, scaling.TARGET)
+
+
+@pytest.mark.slow
+def test_scaling_runs_one_and_two_processes():
+    assert all(scaling.spent(SCALING, size) > 0 for size in (1, 2))
 
 
 # --- PPO beside others -------------------------------------------------------------------------------------------

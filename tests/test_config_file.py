@@ -39,7 +39,7 @@ ODD = PPOConfig(
 )
 
 
-OUTER = replaced(outer_settings(get_recipe("lpg-gridworld")), {"recipe.train.estimator.entropy_half_life": 700.0})
+OUTER = replaced(outer_settings(get_recipe("lpg-gridworld")), {"recipe.train.loss.entropy_half_life": 700.0})
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_a_mistake_is_one_sentence(file, text, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[recipe.train.estimator]\nregularisers = 0.5", "recipe.train.estimator.regularisers is 0.5"),
+        ("[recipe.train.loss]\nregularisers = 0.5", "recipe.train.loss.regularisers is 0.5"),
         ('[recipe]\nsettings = "wide"', "recipe.settings is 'wide'"),
         ('[recipe.train]\nhorizon = "long"', "recipe.train.horizon is 'long'"),
         ("[recipe.train.bandit]\nlearning_rates = 0.5", "recipe.train.bandit.learning_rates is 0.5"),
@@ -231,7 +231,7 @@ def parsed(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found: list = []
     monkeypatch.setattr(experiments.train, "train", lambda env, args, command: found.append(args))
-    monkeypatch.setattr(experiments.meta_train, "meta_train", lambda args, command: found.append(args))
+    monkeypatch.setattr(experiments.meta_train, "meta_train", lambda args, command, group: found.append(args))
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["learned-rl", *map(str, words)])
@@ -267,7 +267,8 @@ def test_meta_train_takes_the_file(parsed, tmp_path):
     settings = outer_settings(get_recipe("lpg-gridworld"))
     train = dataclasses.replace(settings.recipe.train, learning_rate=0.002, max_grad_norm=math.inf)
     other = {"prediction_entropy": -0.5, "pi_hat_square": 0.25, "y_hat_square": 0.125}
-    train = dataclasses.replace(train, estimator=dataclasses.replace(train.estimator, window=3, regularisers=other))
+    train = dataclasses.replace(train, estimator=dataclasses.replace(train.estimator, window=3))
+    train = dataclasses.replace(train, loss=dataclasses.replace(train.loss, regularisers=other))
     changed: Recipe = dataclasses.replace(
         settings.recipe, train=train, settings=settings.recipe.settings | {"width": 8}
     )

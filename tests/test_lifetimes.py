@@ -18,7 +18,9 @@ from learned_rl.tasks.grids import GridFamily
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import UserError, stream
 from meta_optimizers.agent_bandit import AgentBanditConfig
+from meta_optimizers.learning import OuterLossConfig
 from meta_optimizers.outer_critic import OuterCritic, OuterCriticConfig
+from meta_optimizers.problem import Eta
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from meta_optimizers.truncated import TruncatedConfig
 from objectives.lpg import LPG
@@ -29,7 +31,8 @@ META = MetaTrainConfig(
     lifetimes=P,
     horizon=6,
     agent=AGENT,
-    estimator=TruncatedConfig(window=2, regularisers={"prediction_entropy": -0.01, "pi_hat_square": 0.01}),
+    estimator=TruncatedConfig(window=2),
+    loss=OuterLossConfig(regularisers={"prediction_entropy": -0.01, "pi_hat_square": 0.01}),
     bandit=AgentBanditConfig(learning_rates=(0.01, 0.1), prediction_coefs=(0.5, 1.0)),
 )
 
@@ -103,17 +106,17 @@ def test_meta_training_continues_bit_for_bit(tmp_path):
     one = trainer()
     for _ in range(4):
         one.step()
-    assert one.restarts > 0
+    assert one.problem.restarts > 0
     saved = through_disk(one.state_dict(), tmp_path)
     expected = [one.step() for _ in range(3)]
     two = trainer(seed=0)
     with torch.no_grad():
-        for p in two.eta:
+        for p in two.eta.values():
             p.add_(1.0)
     two.load_state_dict(saved)
     for metrics in expected:
         assert two.step() == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)
-    assert all(torch.equal(a, b) for a, b in zip(one.eta, two.eta, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.eta.values(), two.eta.values(), strict=True))
     final = [x.state_dict() for x in (one, two)]
     assert all(torch.equal(final[0][k].nan_to_num(), final[1][k].nan_to_num()) for k in final[0])
 
@@ -125,8 +128,8 @@ def test_saving_does_not_disturb_what_follows():
         state = one.state_dict()
         one.step()
         two.step()
-    assert not torch.equal(state["lifetimes/theta"], one.lifetimes.population.theta)  # a copy, not a view
-    assert all(torch.equal(a, b) for a, b in zip(one.eta, two.eta, strict=True))
+    assert not torch.equal(state["problem/lifetimes/theta"], one.lifetimes.population.theta)  # a copy, not a view
+    assert all(torch.equal(a, b) for a, b in zip(one.eta.values(), two.eta.values(), strict=True))
 
 
 # --- restarts -----------------------------------------------------------------------------------------------------
@@ -266,6 +269,10 @@ def test_memory_of_components_is_carried_saved_and_restarted():
 # --- broken lifetimes ---------------------------------------------------------------------------------------------
 
 
+def present(trainer):
+    return Eta({k: p.detach() for k, p in trainer.eta.items()})
+
+
 def estimate(trainer, break_it=None, monkeypatch=None):
     """Gradient and broken mask of one window, with lifetime 1 broken in the given way."""
     if break_it == "theta":
@@ -283,7 +290,7 @@ def estimate(trainer, break_it=None, monkeypatch=None):
             return dataclasses.replace(tr, reward=reward)
 
         monkeypatch.setattr(Lifetimes, "collect", broken)
-    return trainer.estimator(trainer.lifetimes, trainer.critic, trainer.eta, trainer.steps)
+    return trainer.estimator(trainer.problem, present(trainer))
 
 
 @pytest.mark.parametrize("stop", [True, False])
@@ -295,21 +302,21 @@ def test_a_broken_lifetime_leaves_the_mean_of_the_others(where, stop, monkeypatc
     for keep in (0, 2, 3):
         # The mean over one lifetime: every other meta-loss masked out by hand.
         single = trainer(stop_inputs=stop)
-        original = single.estimator._meta_loss
+        original = single.problem._loss
 
         def masked(*args, original=original, keep=keep):
             loss, parts = original(*args)
             mask = torch.arange(P) == keep
             return torch.where(mask, loss, float("nan")), parts
 
-        single.estimator._meta_loss = masked
-        alone.append(single.estimator(single.lifetimes, single.critic, single.eta, single.steps).grads)
+        single.problem._loss = masked
+        alone.append(single.estimator(single.problem, present(single)).grads)
     result = estimate(healthy, where, monkeypatch)
     assert result.broken.tolist() == [False, True, False, False]
-    for i, grad in enumerate(result.grads):
+    for name, grad in result.grads.items():
         assert grad.isfinite().all()
-        assert_close(grad, torch.stack([g[i] for g in alone]).mean(0), rtol=1e-4, atol=1e-7)
-    assert any(g.abs().max() > 1e-4 for g in result.grads)
+        assert_close(grad, torch.stack([g[name] for g in alone]).mean(0), rtol=1e-4, atol=1e-7)
+    assert any(g.abs().max() > 1e-4 for g in result.grads.values())
 
 
 @pytest.mark.parametrize("where", ["theta", "reward", "first reward"])
@@ -317,13 +324,12 @@ def test_a_broken_lifetime_is_counted_and_restarted(where, monkeypatch):
     t = trainer(config=dataclasses.replace(META, horizon=1000))
     life = t.lifetimes.life.clone()
     with monkeypatch.context() as patch:
-        original = t.estimator
-        t.estimator = lambda *args: estimate_once(original, t, where, patch, args)
+        original = type(t.estimator).__call__
+        patch.setattr(type(t.estimator), "__call__", lambda *args: estimate_once(original, t, where, patch))
         metrics = t.step()
-    t.estimator = original
-    assert metrics["broken"] == 1 and t.broken == 1 and metrics["skipped"] == 0
+    assert metrics["broken"] == 1 and t.problem.broken == 1 and metrics["skipped"] == 0
     assert (t.lifetimes.life - life).tolist() == [0, 1, 0, 0]
-    assert all(p.isfinite().all() for p in t.eta)
+    assert all(p.isfinite().all() for p in t.eta.values())
     assert t.lifetimes.population.theta.isfinite().all() and t.critic.population.theta.isfinite().all()
     assert all(v.isfinite().all() for v in t.lifetimes.optimizer_state.values())
     assert all(v.isfinite().all() for v in t.critic._inner.state.values())
@@ -332,8 +338,8 @@ def test_a_broken_lifetime_is_counted_and_restarted(where, monkeypatch):
     assert metrics["broken"] == 0 and metrics["skipped"] == 0
 
 
-def estimate_once(original, t, where, patch, args):
-    t.estimator = original
+def estimate_once(original, t, where, patch):
+    patch.setattr(type(t.estimator), "__call__", original)
     return estimate(t, where, patch)
 
 
@@ -373,10 +379,10 @@ def test_a_broken_lifetime_stays_out_of_the_meta_gradient_of_a_loss(epochs, mini
 def test_when_every_lifetime_is_broken_the_step_is_skipped():
     t = trainer()
     t.lifetimes.population.theta.data.fill_(float("nan"))
-    eta = [p.clone() for p in t.eta]
+    eta = [p.clone() for p in t.eta.values()]
     metrics = t.step()
     assert metrics["broken"] == P and metrics["skipped"] == 1
-    assert all(torch.equal(a, b) for a, b in zip(eta, t.eta, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(eta, t.eta.values(), strict=True))
     assert t.step()["skipped"] == 0
 
 
@@ -398,7 +404,7 @@ def test_a_broken_lifetime_does_not_disturb_plain_training():
 def test_the_outer_critic_learns_and_every_parameter_moves(kind):
     family = BanditFamily("bernoulli-5") if kind == "auto" else _numbers_family()
     config = OuterCriticConfig(learning_rate=0.02, gamma=0.9)
-    critic = OuterCritic(config, family, 2, 0, torch.device("cpu"), torch.float32)
+    critic = OuterCritic(config, family, torch.arange(2), 0, torch.device("cpu"), torch.float32)
     before = critic.population.theta.detach().clone()
     space = family.observation_space
     tr = experience.trajectory(space, 0, T=20, dtype=torch.float32)
@@ -416,7 +422,7 @@ def _numbers_family():
 
 def test_the_critic_s_advantages_are_normalised_constants():
     family = BanditFamily("bernoulli-5")
-    critic = OuterCritic(OuterCriticConfig(), family, 2, 0, torch.device("cpu"), torch.float64)
+    critic = OuterCritic(OuterCriticConfig(), family, torch.arange(2), 0, torch.device("cpu"), torch.float64)
     advantage, _ = critic.judge(experience.trajectory(family.observation_space, 0, T=20))
     assert not advantage.requires_grad
     assert_close(advantage.mean((0, 2)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-9)
@@ -427,36 +433,36 @@ def test_the_critic_s_advantages_are_normalised_constants():
 def test_every_tensor_of_eta_gets_a_gradient_and_moves(core):
     """Prediction parts act on the policy only through the network's own inputs, a window later."""
     t = trainer(core=core, embedding=8)
-    before = [p.detach().clone() for p in t.eta]
-    seen = [torch.zeros_like(p) for p in t.eta]
+    before = [p.detach().clone() for p in t.eta.values()]
+    seen = [torch.zeros_like(p) for p in t.eta.values()]
     descend = t._descend
 
-    def spy(estimate):
-        for s, g in zip(seen, estimate.grads, strict=True):
+    def spy(grads):
+        for s, g in zip(seen, grads.values(), strict=True):
             s += g.abs()
-        return descend(estimate)
+        return descend(grads)
 
     t._descend = spy
     for _ in range(4):
         t.step()
-    for (name, p), b, s in zip(t.objective.named_parameters(), before, seen, strict=True):
+    for (name, p), b, s in zip(t.component.named_parameters(), before, seen, strict=True):
         assert s.max() > 0, f"{name} never had a gradient"
         assert not torch.equal(p, b), f"{name} did not move"
 
 
 def test_counters_and_bandit_of_the_trainer():
     t = trainer()
-    assert t.bandit.count.tolist() == [1, 1, 1, 1]  # P first lifetimes, P arms: each untried arm once
-    steps, arms = [], set(t.bandit.arm.tolist())
+    assert t.problem.bandit.count.tolist() == [1, 1, 1, 1]  # P first lifetimes, P arms: each untried arm once
+    steps, arms = [], set(t.problem.bandit.arm.tolist())
     for _ in range(6):
         steps.append(t.step())
-        arms |= set(t.bandit.arm.tolist())
+        arms |= set(t.problem.bandit.arm.tolist())
     assert len(arms) > 1
     assert t.steps == 6 and t.environment_steps == 6 * 3 * P * AGENT.n_envs * AGENT.n_steps
-    assert t.restarts > 0 and any("final_return" in m for m in steps)
+    assert t.problem.restarts > 0 and any("final_return" in m for m in steps)
     rates = t.lifetimes.hyper.learning_rate
     assert rates.shape == (P, 1) and all(r in (pytest.approx(0.01), pytest.approx(0.1)) for r in rates.flatten())
-    assert t.bandit.count.sum() == P + t.restarts
+    assert t.problem.bandit.count.sum() == P + t.problem.restarts
 
 
 def test_acting_follows_the_present_parameters():

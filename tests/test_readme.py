@@ -18,25 +18,38 @@ import torch
 
 from experiments import cli
 from experiments.evaluate import Evaluate
+from experiments.meta_train import _tags
 from experiments.pbt import Pbt
 from experiments.recipes import get_recipe, recipes
 from experiments.train import Train
 from experiments.tune import Tune
-from experiments.tuning.agents import AgentSettings, AgentStudy
+from experiments.tuning.agents import AgentSettings, AgentStudy, unread
 from experiments.tuning.outer import OuterStudy, outer_settings, outer_space
 from experiments.tuning.pbt import PBTConfig
-from learned_rl import PPO, PPOConfig, artifacts
+from learned_rl import PPO, PPOConfig, artifacts, make_family
 from learned_rl import spaces as spaces_module
 from learned_rl.component import Hyper
 from learned_rl.defaults import PPOClipConfig
 from learned_rl.registry import components, families
 from learned_rl.spaces import get, spaces
 from meta_optimizers.agent_bandit import AgentBanditConfig
+from meta_optimizers.black_box import BlackBoxConfig
+from meta_optimizers.bootstrapped import BootstrappedConfig
+from meta_optimizers.corrections import CorrectionConfig
+from meta_optimizers.estimators import ESTIMATORS, estimator_config, make_estimator
+from meta_optimizers.evolution import EvolutionConfig
+from meta_optimizers.first_order import FirstOrderConfig
+from meta_optimizers.forward_mode import ForwardConfig
+from meta_optimizers.learning import OuterLossConfig
 from meta_optimizers.outer_critic import OuterCriticConfig
-from meta_optimizers.trainer import MetaTrainConfig
+from meta_optimizers.persistent import NoiseReuseConfig, PersistentConfig
+from meta_optimizers.rematerialised import RematerialisedConfig
+from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from meta_optimizers.truncated import TruncatedConfig
+from objectives.dice import LoadedDiCEConfig
 from objectives.dpo import DPOConfig
 from objectives.lpg import LPG, LPGConfig
+from objectives.lpo import LPO, LPOConfig
 from objectives.schedule import ScheduleConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,7 +84,7 @@ def test_the_readme_runs_as_printed(tmp_path, monkeypatch):
     torch.manual_seed(0)
     exec(meta_train, said)
     trainer = said["trainer"]
-    assert trainer.steps == 20 and trainer.broken == 0
+    assert trainer.steps == 20 and trainer.problem.broken == 0
     assert all(map(math.isfinite, said["metrics"].values()))
     saved = artifacts.load(tmp_path / "lpg.safetensors").state_dict()
     assert all(not torch.equal(value, fresh[name]) for name, value in saved.items())
@@ -135,6 +148,23 @@ def test_the_study_of_ones_own_runs_as_printed(tmp_path, monkeypatch):
     assert study.about["seeds"] == 4 and study.test is not None
 
 
+# --- the code of the page about the outer loop ----------------------------------------------------------------------
+
+
+def test_the_problem_and_the_estimator_of_ones_own_run_as_printed():
+    problem, estimator = blocks(read("docs/meta_optimizers/README.md"), "python")
+    said = {}
+    exec(problem, said)
+    assert set(said["found"]) == {"truncated", "nres"}
+    for rate in said["found"].values():  # the mean loss of a lifetime is least at -2.2, and twice as large at -1.1
+        assert -2.7 < rate < -1.7
+    exec(estimator, said)
+    config = TruncatedConfig(window=1)
+    expected = make_estimator(config)(said["Quadratic"](), said["Quadratic"].eta())
+    for name, g in expected.grads.items():
+        torch.testing.assert_close(said["estimate"].grads[name], g)
+
+
 # --- commands and options --------------------------------------------------------------------------------------------
 
 
@@ -152,7 +182,11 @@ def test_printed_commands_and_their_options_exist(page, line):
     _, command, *words = shlex.split(line, comments=True)
     operands = [word for word in words[:1] if not word.startswith("-")]
     if command == "meta-train":
+        if operands == ["RECIPE"]:
+            operands = ["lpg-gridworld"]
         assert operands[0] in recipes()
+        if "--estimator" in words:  # on which the other options depend
+            operands += ["--estimator", words[words.index("--estimator") + 1]]
     help_text = _help(command, *operands)
     for word in words:
         if word.startswith("--"):
@@ -246,7 +280,18 @@ SETTINGS = {
     "docs/objectives/dpo.md": [DPOConfig],
     "docs/objectives/ppo_clip.md": [PPOClipConfig, PPOConfig, Hyper],
     "docs/objectives/schedule.md": [ScheduleConfig, PBTConfig],
-    "docs/meta_optimizers/truncated.md": [MetaTrainConfig, TruncatedConfig, OuterCriticConfig, AgentBanditConfig],
+    "docs/objectives/lpo.md": [LPOConfig],
+    "docs/objectives/dice.md": [LoadedDiCEConfig],
+    "docs/meta_optimizers/truncated.md": [TruncatedConfig],
+    "docs/meta_optimizers/corrections.md": [CorrectionConfig],
+    "docs/meta_optimizers/rematerialised.md": [RematerialisedConfig],
+    "docs/meta_optimizers/first_order.md": [FirstOrderConfig],
+    "docs/meta_optimizers/forward.md": [ForwardConfig],
+    "docs/meta_optimizers/bootstrapped.md": [BootstrappedConfig],
+    "docs/meta_optimizers/evolution.md": [EvolutionConfig],
+    "docs/meta_optimizers/persistent.md": [PersistentConfig, NoiseReuseConfig],
+    "docs/meta_optimizers/black_box.md": [BlackBoxConfig],
+    "docs/meta_optimizers/README.md": [MetaTrainConfig, OuterLossConfig, OuterCriticConfig, AgentBanditConfig],
 }
 
 
@@ -267,18 +312,37 @@ def test_everything_that_training_logs_is_on_the_page(objective):
         assert f"`train/{metric}`" in text
 
 
-def test_everything_that_meta_training_logs_is_explained():
-    from experiments.meta_train import _tags
-    from learned_rl import make_family
-    from meta_optimizers.trainer import MetaTrainer
+def logs_everything(name):
+    """Settings with which an estimator logs all that it can, windows of 2 updates, and a component for it."""
+    config = estimator_config(name)
+    known = {"window": 2, "every": 2, "most": 100, "diagnose_every": 1, "kl": 1.0, "parameters": 1.0}
+    fields = {f.name for f in dataclasses.fields(config)}
+    component = LPO(LPOConfig(width=2)) if name == "forward" else LPG(predictions=3, width=4)
+    return dataclasses.replace(config, **{k: v for k, v in known.items() if k in fields}), component
 
-    config = MetaTrainConfig(lifetimes=2, horizon=1, agent=PPOConfig(n_envs=2, n_steps=2, n_epochs=1, n_minibatches=1))
-    trainer = MetaTrainer(make_family("bandit/bernoulli-5"), LPG(predictions=3, width=4), config)
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_everything_that_meta_training_logs_is_explained(name):
+    estimator, component = logs_everything(name)
+    agent = PPOConfig(n_envs=2, n_steps=2, n_epochs=1, n_minibatches=1)
+    config = MetaTrainConfig(lifetimes=4, horizon=2, agent=agent, estimator=estimator)
+    trainer = MetaTrainer(make_family("bandit/bernoulli-5"), component, config)
     logged = {tag for _ in range(2) for tag in _tags(trainer.step())}
-    text = read("docs/meta_optimizers/truncated.md")
-    assert {"meta/loss", "inner/return", "inner/final_return"} <= logged
-    for tag in logged | {"meta/heldout_return", "meta/heldout_area"}:
+    text = read("docs/meta_optimizers/README.md")
+    assert {"meta/loss", "meta/skipped", "inner/return", "inner/final_return"} <= logged
+    validated = {"heldout_return", "heldout_area", "environment_steps", "minutes"}
+    for tag in logged | {f"meta/{k}" for k in validated} | {"meta/match_value"}:
         assert f"`{tag}`" in text
+
+
+def test_every_estimator_is_listed_and_has_a_page():
+    for page in ("README.md", "docs/cli.md", "docs/meta_optimizers/README.md"):
+        for name in ESTIMATORS:
+            assert f"`{name}`" in read(page), f"{page} does not name {name}"
+    for name, estimator in ESTIMATORS.items():
+        (page,) = [p for p, configs in SETTINGS.items() if estimator.Config in configs]
+        first = read(page).partition("\n")[0]
+        assert f"`{name}`" in first, f"{page} is not headed {name}"
 
 
 # --- every search space is in a table --------------------------------------------------------------------------------
@@ -319,21 +383,31 @@ def in_the_table_of_agents(field):
     return re.sub(r"^recipe\.train\.critic\.agent\.", "config.agent.", field)
 
 
+def is_read(recipe, field):
+    """Whether a field means anything to a recipe's agents and estimator."""
+    if field.startswith("recipe.train.loss."):
+        return not make_estimator(recipe.train.estimator).stacked
+    observations = make_family(recipe.family).observation_space
+    return field.rpartition(".")[2] not in unread(recipe.train.agent, recipe.make_component(), observations)
+
+
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_searched_field_of_a_recipe_is_in_the_table_with_its_space(recipe):
     settings, agents, shown = outer_settings(get_recipe(recipe)), table("config"), table("recipe")
     study = OuterStudy(settings).study()
     for field, space in outer_space(settings).items():
         value, row = get(settings, field), field
-        if field.startswith("recipe.train.estimator.regularisers."):
-            row = f"recipe.train.estimator.regularisers.*, w {'>' if value > 0 else '<'} 0"
+        if field.startswith("recipe.train.loss.regularisers."):
+            row = f"recipe.train.loss.regularisers.*, w {'>' if value > 0 else '<'} 0"
         if row not in shown:
             assert printed(agents[in_the_table_of_agents(field)][0])[0] == space, field
             assert field not in study.spaces
             continue
         cell, parameter, searched = shown[row]
         assert space in printed(cell, w=value), field
-        assert (searched == "yes") == (field in study.spaces), field
+        assert (searched == "yes" or (searched == "where read" and is_read(settings.recipe, field))) == (
+            field in study.spaces
+        ), field
         name = dataclasses.replace(study, space={**study.spaces, field: space}).names()[field]
         assert "*" in row or parameter.startswith(f"`{space.key(name)}`"), field
 

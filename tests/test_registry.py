@@ -54,7 +54,7 @@ def test_a_bare_gymnasium_id_is_the_gym_family():
 @pytest.mark.parametrize(
     ("make", "wrong", "nearest"),
     [
-        (make_component, "lgp", "'lpg'"),
+        (make_component, "lpgg", "'lpg'"),
         (make_component, "rms_prop", "'rmsprop'"),
         (make_family, "gird/small", "'grid/small'"),
         (make_family, "CartPole", "'CartPole-v1'"),

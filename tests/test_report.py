@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import io
 import math
 import os
@@ -10,6 +11,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,18 +20,27 @@ import pytest
 from matplotlib.colors import to_hex
 from rich.console import Console
 
+from experiments.meta_train import MetaTrain, meta_train
+from experiments.recipes import Recipe
 from experiments.report import (
+    AREA,
     BEST,
     COLOURS,
     COLUMNS,
+    ENVIRONMENT_STEPS,
+    FINAL,
+    META_COLUMNS,
+    MINUTES,
     PANELS,
     STUDY_FIGURES,
     TRIALS,
     append_scores,
     learning_curve_figure,
     merge_scores,
+    meta_training_figure,
     metrics_figure,
     print_table,
+    read_meta_runs,
     read_scores,
     running_mean,
     save_figure,
@@ -38,7 +49,9 @@ from experiments.report import (
 )
 from experiments.runs import SCORES, Run
 from learned_rl.evaluation import Curves, iqm_interval, ratio_interval
+from learned_rl.ppo import PPOConfig
 from learned_rl.types import UserError
+from meta_optimizers.trainer import MetaTrainConfig
 
 
 def curves(seed: int = 0, tasks: int = 5, seeds: int = 3, shift: float = 2.0) -> Curves:
@@ -323,6 +336,161 @@ def test_evaluations_are_not_shown_as_training(tmp_path):
         assert "Nothing was logged while training" in path.read_text()
         run.log(0, {"eval/mean_reward": 1.0, "time/fps": 1.0})
         assert "Nothing was logged" not in write_report([run.path], path).read_text()
+
+
+def meta_run(
+    folder: Path, name: str = "", seed: int = 0, validations: int = 4, tags: tuple[str, ...] = (), **settings: object
+) -> Path:
+    """A meta-training whose final score is 0.1, 0.2, ... but for a drop at the end; `tags`: costs that are logged."""
+    named = {"name": name} if name else {}
+    config = {"family": "grid/small", "meta_steps": validations, "train": {"estimator": named | settings}}
+    with begin(folder, seed, config) as run:
+        for k in range(1, validations + 1):
+            final = 0.1 * k if k < validations else 0.0
+            costs = {ENVIRONMENT_STEPS: 1000.0 * k, MINUTES: k / 4}
+            run.log(5 * k - 1, {"meta/grad_norm": 1.0})
+            run.log(5 * k, {FINAL: final, AREA: final / 2} | {tag: costs[tag] for tag in tags})
+    return folder
+
+
+COSTED = (ENVIRONMENT_STEPS, MINUTES)
+
+
+def test_meta_trainings_are_drawn_over_what_they_cost(tmp_path):
+    one = meta_run(tmp_path / "one", "truncated", tags=COSTED)
+    two = meta_run(tmp_path / "two", "pes", validations=9, tags=COSTED)
+    figure = meta_training_figure(read_meta_runs([one, two]))
+    assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in figure.axes] == [
+        ("environment steps of meta-training", "held-out final score"),
+        ("minutes of meta-training", "held-out final score"),
+        ("environment steps of meta-training", "held-out mean over the lifetime"),
+        ("minutes of meta-training", "held-out mean over the lifetime"),
+    ]
+    steps, minutes, area, _ = ([line.get_xydata().tolist() for line in ax.lines] for ax in figure.axes)
+    assert steps[0] == [[1000.0, 0.1], [2000.0, 0.2], [3000.0, 0.1 * 3], [4000.0, 0.0]]
+    assert minutes[0] == [[x / 4000, y] for x, y in steps[0]] and area[0] == [[x, y / 2] for x, y in steps[0]]
+    assert len(steps[1]) == 9 and {ax.get_xscale() for ax in figure.axes} == {"linear"}
+    assert [line.get_linestyle() for line in figure.axes[0].lines] == ["-", "--"], "differentiates, perturbs"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["truncated", "pes"]
+
+
+def test_a_run_ten_times_as_long_makes_the_axis_logarithmic(tmp_path):
+    short = meta_run(tmp_path / "short", "truncated", validations=2, tags=COSTED)
+    for validations, scale in ((20, "linear"), (21, "log")):
+        long = meta_run(tmp_path / f"long{validations}", "pes", validations=validations, tags=COSTED)
+        assert {ax.get_xscale() for ax in meta_training_figure(read_meta_runs([short, long])).axes} == {scale}
+    elsewhere = begin(tmp_path / "elsewhere", config={"family": "grid/medium"})
+    elsewhere.log(400, {FINAL: 1.0, ENVIRONMENT_STEPS: 1e6, MINUTES: 900.0})
+    figure = meta_training_figure(read_meta_runs([short, elsewhere.path]))
+    assert {ax.get_xscale() for ax in figure.axes} == {"linear"}, "another family has panels of its own"
+    assert [ax.get_title() for ax in figure.axes[::2]] == ["grid/medium", "", "grid/small", ""]
+    assert [len(ax.lines) for ax in figure.axes] == [1] * 8
+
+
+def test_labels_of_meta_trainings_tell_them_apart(tmp_path):
+    folders = [
+        meta_run(tmp_path / "a", "truncated", window=1, decay=0.123456),
+        meta_run(tmp_path / "b", "truncated", window=5, decay=0.123456, validations=7),
+        meta_run(tmp_path / "c", "truncated", window=5, decay=0.123456, later=1),
+        meta_run(tmp_path / "d", "es", window=100),
+        meta_run(tmp_path / "e", "pes", x={"coef": 1.0}, y={"coef": True}, seed=3),
+        meta_run(tmp_path / "f", "pes", x={"coef": 0.5}, y={"coef": False}),
+        *(meta_run(tmp_path / f"g{k}", "nres", a=k, b=k, c=k, d=k) for k in range(2)),
+        meta_run(tmp_path / "h", window=3),
+    ]
+    assert [run.label for run in read_meta_runs(folders)] == [
+        "truncated, window 1",
+        "truncated, window 5 (b)",  # the number of meta-steps is no setting that a label could name
+        "truncated, window 5 (c)",
+        "es",
+        "pes, train.estimator.x.coef 1, train.estimator.y.coef True, seed 3",
+        "pes, train.estimator.x.coef 0.5, train.estimator.y.coef False, seed 0",
+        "nres (g0)",
+        "nres (g1)",
+        "h",
+    ]
+
+
+def test_the_estimator_of_a_run_that_has_none_in_its_config_is_in_its_command(tmp_path):
+    meta_run(tmp_path / "run", window=3)
+    (tmp_path / "run" / "command.txt").write_text("learned-rl meta-train lpg --estimator es --out 'a b'\n--resume\n")
+    (run,) = read_meta_runs([tmp_path / "run"])
+    assert (run.estimator, run.label, run.dash) == ("es", "es", "--")
+
+
+@pytest.mark.slow
+def test_a_meta_training_records_its_estimator_and_its_costs(tmp_path):
+    agent = PPOConfig(n_envs=2, n_steps=4, n_epochs=1, n_minibatches=1)
+    train = MetaTrainConfig(lifetimes=2, horizon=4, agent=agent)
+    lengths = {"meta_steps": 2, "validate_every": 1, "validation_tasks": 2}
+    recipe = Recipe("tiny", "", "grid/small", "lpg", {"predictions": 2, "width": 4}, train, **lengths)
+    args = MetaTrain(recipe.estimated_by("rematerialised"), out=tmp_path / "run")
+    meta_train(args, ["learned-rl", "meta-train"])
+    (run,) = read_meta_runs([tmp_path / "run"])
+    assert (run.label, run.family) == ("rematerialised", "grid/small") and run.costed
+    assert np.diff(run.values[ENVIRONMENT_STEPS])[0] > 0 and np.diff(run.values[MINUTES])[0] > 0
+    with pytest.raises(UserError, match=r"train\.estimator\.name was 'rematerialised' and is 'truncated'"):
+        meta_train(replace(args, recipe=recipe.estimated_by("truncated"), resume=True), ["learned-rl"])
+
+
+def test_twelve_meta_trainings_have_twelve_colours_and_no_two_lines_look_alike(tmp_path):
+    folders = [meta_run(tmp_path / f"run{k}", "truncated", validations=2, window=k) for k in range(24)]
+    lines = meta_training_figure(read_meta_runs(folders)).axes[0].lines
+    assert len({line.get_color() for line in lines[:12]}) == 12
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 24
+
+
+def test_the_table_of_meta_trainings(tmp_path):
+    one = meta_run(tmp_path / "one", "truncated", tags=COSTED)
+    better = meta_run(tmp_path / "better", "pes", validations=9, tags=COSTED)
+    fresh = begin(tmp_path / "fresh")
+    fresh.log(0, {"meta/grad_norm": 1.0})
+    out = write_report([one, better, fresh.path], tmp_path / "compared.html")
+    with (tmp_path / "compared_meta_training.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert tuple(head) == META_COLUMNS
+    assert rows[0][:7] == ["grid/small", "one", "truncated", "truncated", "20", "4000", "1"]
+    assert [float(x) for x in rows[0][7:]] == pytest.approx([0.225, 15, 3000, 0.75, 0], rel=1e-12)
+    assert [row[1] for row in rows] == ["one", "better"]
+
+    page, text = Links(), out.read_text()
+    page.feed(text)
+    assert page.open == [] and page.links[:2] == ["compared_meta_training.csv", "compared_meta_training.png"]
+    assert (tmp_path / "compared_meta_training.png").read_bytes() == base64.b64decode(page.images[0].split(",")[1])
+    table = text.partition('<table class="compared">')[2].partition("</table>")[0]
+    ranked = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    assert ranked[0] == ["better", "pes", "45", "9,000", "2.2", "0.600", "40", "8,000", "2.0", "0.000"]
+    assert ranked[1] == ["one", "truncated", "20", "4,000", "1.0", "0.225", "15", "3,000", "0.8", "0.000"]
+    assert "fresh: no validation yet" in text and "were not logged" not in text and "No evaluation" not in text
+
+
+@pytest.mark.parametrize("tags", [(), (MINUTES,)])
+def test_meta_trainings_that_did_not_log_their_costs_are_drawn_over_meta_steps(tmp_path, tags):
+    old = meta_run(tmp_path / "old", tags=tags)
+    new = meta_run(tmp_path / "new", "truncated", tags=COSTED)
+    axes = meta_training_figure(read_meta_runs([old])).axes
+    assert [ax.get_xlabel() for ax in axes[: len(tags) + 1]] == ["minutes of meta-training"] * len(tags) + [
+        "meta-steps"
+    ]
+    assert axes[len(tags)].lines[0].get_xdata().tolist() == [5.0, 10.0, 15.0, 20.0]
+    axes = meta_training_figure(read_meta_runs([new, old])).axes
+    assert [len(ax.lines) for ax in axes] == [2] * 6 and axes[2].get_xlabel() == "meta-steps"
+    assert np.isnan(axes[0].lines[1].get_xdata().astype(float)).all()
+    text = write_report([new, old], tmp_path / "report.html").read_text()
+    assert "old: environment steps or minutes were not logged at every validation" in text
+    assert "<td>old</td><td>old</td><td>20</td><td>–</td>" in text and "dotted" in text
+
+
+def test_a_meta_training_without_a_mean_over_the_lifetime_has_no_best(tmp_path):
+    with begin(tmp_path / "old", config={"a": 1}) as run:
+        run.log(10, {FINAL: math.nan})
+        run.log(20, {FINAL: 0.5})
+    (found,) = read_meta_runs([run.path])
+    assert found.row() == ["family not recorded", "old", "old", "", 20, *[None] * 7]
+    final, area = meta_training_figure([found]).axes
+    assert final.lines[0].get_xydata().tolist()[1] == [20.0, 0.5]
+    assert "no held-out mean over the lifetime" in area.texts[0].get_text() and not area.axison
+    assert "<td>–</td>" in write_report([run.path], tmp_path / "report.html").read_text()
 
 
 def test_a_run_without_scores_or_metrics_still_has_a_report(tmp_path):

@@ -35,7 +35,7 @@ from learned_rl.spaces import (
     spaces,
 )
 from learned_rl.types import UserError
-from meta_optimizers.truncated import TruncatedConfig
+from meta_optimizers.learning import OuterLossConfig
 
 SPACES = [
     Uniform(-1.0, 3.0),
@@ -347,13 +347,19 @@ def test_the_project_searches_what_it_says():
     own = {f"Hyper.{f.name}" for f in dataclasses.fields(Hyper)} - {"Hyper.clip_range_vf", "Hyper.aux_coef"}
     own |= {f"PPOConfig.{n}" for n in ("n_envs", "n_steps", "n_epochs", "n_minibatches", "optimizer", "linear_decay")}
     own |= {f"AgentConfig.{n}" for n in ("hidden", "activation", "shared")}
-    own |= {f"TruncatedConfig.{n}" for n in ("window", "policy_entropy", "entropy_half_life")}
+    own |= {f"OuterLossConfig.{n}" for n in ("policy_entropy", "entropy_half_life")}
+    unrolled = ("Unroll", "Window", "Truncated", "Rematerialised", "FirstOrder", "Bootstrapped")
+    perturbed = ("Antithetic", "Evolution", "Persistent", "NoiseReuse", "BlackBox")
+    own |= {f"{c}Config.window" for c in (*unrolled, "Stacked", *perturbed)} | {f"{c}Config.sigma" for c in perturbed}
+    own |= {"BootstrappedConfig.bootstrap", "ForwardConfig.every", "LPOConfig.width"}
     own |= {f"OuterCriticConfig.{n}" for n in ("gamma", "gae_lambda", "learning_rate", "epochs")}
     own |= {f"LPGConfig.{n}" for n in ("predictions", "width", "embedding")}
-    own |= {f"MetaTrainConfig.{n}" for n in ("learning_rate", "max_grad_norm")} | {"PPOConfig.normalize_advantage"}
+    own |= {f"{c}.{n}" for c in ("OuterConfig", "MetaTrainConfig") for n in ("learning_rate", "max_grad_norm")} | {
+        "PPOConfig.normalize_advantage"
+    }
     assert own == {name for name in names if name.count(".") == 1}
 
 
 def test_an_infinite_half_life_is_searched_from_the_longest():
-    (space,) = [s for path, s in spaces(TruncatedConfig()).items() if path == "entropy_half_life"]
-    assert space.encode(TruncatedConfig().entropy_half_life) == 10_000
+    (space,) = [s for path, s in spaces(OuterLossConfig()).items() if path == "entropy_half_life"]
+    assert space.encode(OuterLossConfig().entropy_half_life) == 10_000

@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiments.tune
-from experiments.recipes import Recipe
+from experiments.recipes import Recipe, recipes
 from experiments.report import read_scores
 from experiments.runs import CONFIG, SCORES, read_json
 from experiments.tune import BEST, FRONT, TRIALS, Tune
@@ -531,9 +531,9 @@ def test_help_names_every_option(say, command):
 
 def test_every_algorithm_and_recipe_has_a_study():
     objectives = {name for name, component in components().items() if component.slot == "objective"}
-    assert {"a2c", "a2c-norm", "ppo", "dpo", "lpg-gridworld"} | objectives == set(experiments.tune.studies())
+    assert {"a2c", "a2c-norm", "ppo", "dpo", *recipes()} | objectives == set(experiments.tune.studies())
     for name in experiments.tune.studies():
-        recipe = name == "lpg-gridworld"
+        recipe = name in recipes()
         study, usual = experiments.tune.make_study(name, Tune() if recipe else Tune(env="CartPole-v1"))
         assert usual == (name if recipe else f"{name}-CartPole-v1")
         assert study.decode(study.coordinates(study.settings)) is not None and len(study.spaces) >= 5

@@ -7,6 +7,7 @@ the update rule, the objective's loss, the outer Adam. A path that is missing th
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import itertools
 import math
@@ -63,6 +64,7 @@ from learned_rl.spaces import (
 from learned_rl.types import UserError
 from learned_rl.update_rules import RULES
 from meta_optimizers import outer_critic
+from meta_optimizers.learning import Learning, OuterLossConfig
 from meta_optimizers.outer_critic import OuterCritic
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from meta_optimizers.truncated import TruncatedConfig, TruncatedMetaGradient
@@ -251,7 +253,7 @@ def parsed(*words: Any) -> Any:
     found: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiments.train, "train", lambda env, args, command: found.append(args))
-        patch.setattr(experiments.meta_train, "meta_train", lambda args, command: found.append(args))
+        patch.setattr(experiments.meta_train, "meta_train", lambda args, command, group: found.append(args))
         patch.setattr(sys, "argv", ["learned-rl", *map(str, words)])
         main()
     return found.pop()
@@ -495,7 +497,8 @@ TINY = Recipe(
     MetaTrainConfig(
         lifetimes=3, horizon=3, max_grad_norm=1.0,
         agent=PPOConfig(n_envs=4, n_steps=16, n_epochs=1, n_minibatches=1, agent=AgentConfig()),
-        estimator=TruncatedConfig(window=2, regularisers=WEIGHTS),
+        estimator=TruncatedConfig(window=2),
+        loss=OuterLossConfig(regularisers=WEIGHTS),
     ),
     validation_tasks=2,
 )  # fmt: skip
@@ -529,7 +532,7 @@ class Outer:
 def spying_outside() -> Iterator[Outer]:
     """The meta-training that is done within."""
     outer = Outer()
-    step, meta_loss = MetaTrainer.step, TruncatedMetaGradient._meta_loss
+    step, run, judge, weigh = MetaTrainer.step, TruncatedMetaGradient.run, Learning.judge, Learning._weighted
     clip, advance = torch.nn.utils.clip_grad_norm_, outer_critic.gae
     learn, inner_step = OuterCritic.learn, inner_loop.PlainInner.step
 
@@ -537,20 +540,27 @@ def spying_outside() -> Iterator[Outer]:
         outer.trainer = self
         return step(self)
 
-    def spied_meta_loss(self, lifetimes, out, after, records, advantages, weight):
-        def total(config):
-            blank = object.__new__(TruncatedMetaGradient)
-            blank.config = config
-            return meta_loss(blank, lifetimes, out, after, records, advantages, weight)
+    def spied_run(self, problem, eta, first, length, *rest):
+        outer.lengths.append(length)
+        return run(self, problem, eta, first, length, *rest)
 
-        outer.lengths.append(len(records))
-        outer.weights.append(weight)
-        loss, parts = total(self.config)
-        for name, value in self.config.regularisers.items():  # what the loss loses without it
-            without = total(replace(self.config, regularisers=self.config.regularisers | {name: 0.0}))[0]
-            assert value
-            outer.scales[name].append(float(((loss - without).sum() / parts[name].sum()).detach()))
-        return loss, parts
+    def spied_judge(self, state, data, eta, *rest):
+        def loss(**changes):
+            changed = copy.copy(self)
+            changed.config = replace(self.config, **changes)
+            return judge(changed, state, data, eta, *rest).detach().sum()
+
+        none, large = loss(policy_entropy=0.0), 1e5  # so large that nothing else in the loss counts
+        ours = none - loss(policy_entropy=large * self.config.policy_entropy)
+        outer.weights.append(float(ours / (none - loss(policy_entropy=large, entropy_half_life=math.inf))))
+        return judge(self, state, data, eta, *rest)
+
+    def spied_weighted(self, terms, like):
+        total, parts = weigh(self, terms, like)
+        for name in terms:  # what the loss loses without it
+            without, _ = weigh(self, {k: v for k, v in terms.items() if k != name}, like)
+            outer.scales[name].append(float(((total - without).sum() / parts[name].sum()).detach()))
+        return total, parts
 
     def spied_clip(parameters, max_norm, *rest, **options):
         outer.norms.append(max_norm)
@@ -571,7 +581,9 @@ def spying_outside() -> Iterator[Outer]:
 
     with spying() as seen, pytest.MonkeyPatch.context() as patch:
         patch.setattr(MetaTrainer, "step", spied_step)
-        patch.setattr(TruncatedMetaGradient, "_meta_loss", spied_meta_loss)
+        patch.setattr(TruncatedMetaGradient, "run", spied_run)
+        patch.setattr(Learning, "judge", spied_judge)
+        patch.setattr(Learning, "_weighted", spied_weighted)
         patch.setattr(torch.nn.utils, "clip_grad_norm_", spied_clip)
         patch.setattr(outer_critic, "gae", spied_gae)
         patch.setattr(OuterCritic, "learn", spied_learn)
@@ -590,8 +602,8 @@ META: dict[str, Callable[[Any], Any]] = {
     "train.learning_rate": lambda o: one(group["lr"] for group in o.trainer.optimizer.param_groups),
     "train.max_grad_norm": lambda o: one(o.norms),
     "train.estimator.window": lambda o: one(o.lengths),
-    "train.estimator.policy_entropy": lambda o: o.weights[0],
-    "train.estimator.entropy_half_life": half_life,
+    "train.loss.policy_entropy": lambda o: o.weights[0],
+    "train.loss.entropy_half_life": half_life,
     "train.critic.gamma": lambda o: one(gamma for gamma, _ in o.advances),
     "train.critic.gae_lambda": lambda o: one(gae_lambda for _, gae_lambda in o.advances),
     "train.critic.learning_rate": lambda o: one(rate for lesson in o.lessons for rate in lesson),
@@ -600,9 +612,9 @@ META: dict[str, Callable[[Any], Any]] = {
     "train.critic.agent.activation": lambda o: o.trainer.critic.population.agent.activation.__name__,
     "train.critic.agent.shared": lambda o: o.trainer.critic.config.agent.shared,  # one trunk either way
     "settings.predictions": lambda o: one(u.agent.heads["prediction"] for u in o.updates),
-    "settings.width": lambda o: o.trainer.objective.policy_head.in_features,
-    "settings.embedding": lambda o: o.trainer.objective.phi[0].out_features,
-    **{f"train.estimator.regularisers.{name}": lambda o, name=name: np.mean(o.scales[name]) for name in WEIGHTS},
+    "settings.width": lambda o: o.trainer.component.policy_head.in_features,
+    "settings.embedding": lambda o: o.trainer.component.phi[0].out_features,
+    **{f"train.loss.regularisers.{name}": lambda o, name=name: np.mean(o.scales[name]) for name in WEIGHTS},
     **{f"train.agent.{path}": lambda o, probe=probe: probe(o.updates) for path, probe in AGENT.items()},
     # LPG has no use for it
     "train.agent.normalize_advantage": lambda o: one(u.algorithm.config.normalize_advantage for u in o.updates),
@@ -612,8 +624,8 @@ OTHERWISE: dict[str, Any] = {
     "train.learning_rate": 0.004,
     "train.max_grad_norm": 0.25,
     "train.estimator.window": 3,
-    "train.estimator.policy_entropy": 0.2,
-    "train.estimator.entropy_half_life": 128.0,
+    "train.loss.policy_entropy": 0.2,
+    "train.loss.entropy_half_life": 128.0,
     "train.critic.gamma": 0.97,
     "train.critic.gae_lambda": 0.75,
     "train.critic.learning_rate": 0.0125,
@@ -624,12 +636,12 @@ OTHERWISE: dict[str, Any] = {
     "settings.predictions": 4,
     "settings.width": 32,
     "settings.embedding": 16,
-    "train.estimator.regularisers.prediction_entropy": -2.0,
-    "train.estimator.regularisers.pi_hat_square": 1.5,
-    "train.estimator.regularisers.y_hat_square": 1.0,
+    "train.loss.regularisers.prediction_entropy": -2.0,
+    "train.loss.regularisers.pi_hat_square": 1.5,
+    "train.loss.regularisers.y_hat_square": 1.0,
     **{f"train.agent.{path}": value for path, value in OTHER.items()},
 }
-ROUNDED = ("regularisers", "entropy_half_life", "hyper.learning_rate")  # measured in float32
+ROUNDED = ("regularisers", "policy_entropy", "entropy_half_life", "hyper.learning_rate")  # measured in float32
 
 
 @pytest.fixture(scope="module")
@@ -657,7 +669,7 @@ def test_a_sampled_value_reaches_the_meta_training(trained, path):
 
 def test_meta_trainings_settings_are_the_point(trained):
     assert trained.settings == trained.point and trained.seen.trainer.config == trained.point.recipe.train
-    assert vars(trained.seen.trainer.objective.config) == trained.point.recipe.settings
+    assert vars(trained.seen.trainer.component.config) == trained.point.recipe.settings
     assert len(trained.params) == len(META)
 
 
@@ -675,12 +687,12 @@ def test_the_file_of_the_best_outer_loop_gives_the_same_to_meta_train(trained, m
 
 def test_what_is_searched_of_a_recipe_unless_told_otherwise():
     study = OuterStudy(outer_settings(TINY)).study()
-    weights = {f"recipe.train.estimator.regularisers.{name}" for name in WEIGHTS}
+    weights = {f"recipe.train.loss.regularisers.{name}" for name in WEIGHTS}
     assert set(study.spaces) == {*SEARCHED} | weights
     bounds = {path.rpartition(".")[2]: space for path, space in study.spaces.items()}
     assert bounds["prediction_entropy"] == LogNegative(0.05, 5.0) and bounds["pi_hat_square"] == LogUniform(0.025, 2.5)
     assert bounds["width"] == PowersOfTwo(8, 32)
-    fewer = replace(TINY, train=replace(TINY.train, estimator=replace(TINY.train.estimator, regularisers={})))
+    fewer = replace(TINY, train=replace(TINY.train, loss=replace(TINY.train.loss, regularisers={})))
     assert set(OuterStudy(outer_settings(fewer)).study().spaces) == {*SEARCHED}
 
 

@@ -59,7 +59,7 @@ def make_trainer(s: Settings, width: int) -> tuple[MetaTrainer, LPG]:
     torch.manual_seed(0)
     objective = LPG(core="gru", width=width, predictions=s.predictions)
     agent = PPOConfig(**objective.settings(tabular=True) | {"n_envs": s.copies, "n_steps": s.steps})
-    config = MetaTrainConfig(s.lifetimes, agent=agent, estimator=TruncatedConfig(window=s.window))
+    config = MetaTrainConfig(lifetimes=s.lifetimes, agent=agent, estimator=TruncatedConfig(window=s.window))
     return MetaTrainer(make_family("grid/small"), objective, config, device=s.device), objective
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any
 
-from learned_rl.component import Objective
+from learned_rl.component import Component
 from learned_rl.registry import components
 from learned_rl.tasks.base import unknown
-from learned_rl.types import UserError, at_least
+from learned_rl.types import at_least
+from meta_optimizers.estimators import estimator_config
 from meta_optimizers.trainer import MetaTrainConfig
+from meta_optimizers.truncated import UnrollConfig
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,28 @@ class Recipe:
         at_least(1, **{name: getattr(self, name) for name in names})
         at_least(0, minutes=self.minutes)
 
-    def make_component(self) -> Objective:
+    def estimated_by(self, name: str) -> Recipe:
+        """The same with another estimator, at its defaults, but for settings of the window that both have (what it is
+        judged on aside).
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        present, config = self.train.estimator, estimator_config(name)
+        if isinstance(present, UnrollConfig) and isinstance(config, UnrollConfig):
+            shared = {f.name for f in fields(config)} & {f.name for f in fields(present)} - {"outer_data"}
+            config = replace(config, **{k: getattr(present, k) for k in shared})
+        return replace(self, train=replace(self.train, estimator=config))
+
+    def make_component(self) -> Component:
         """A fresh component with the recipe's settings.
 
         Raises:
-            UserError: no such component, settings that it does not know, or a component of another slot.
+            UserError: no such component, or settings that it does not know.
         """
         if self.component not in components():
             raise unknown("component", self.component, components())
-        component = components()[self.component].from_config(self.settings)
-        if not isinstance(component, Objective):
-            raise UserError(f"Component {self.component!r} fits the slot {component.slot!r}: expected an objective.")
-        return component
+        return components()[self.component].from_config(self.settings)
 
 
 @cache

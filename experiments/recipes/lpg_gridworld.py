@@ -7,6 +7,7 @@ weights are what a study of 40 short trials found (`experiments/results/tune-lpg
 from experiments.recipes import Recipe
 from learned_rl.component import Hyper
 from learned_rl.ppo import PPOConfig
+from meta_optimizers.learning import OuterLossConfig
 from meta_optimizers.outer_critic import OuterCriticConfig
 from meta_optimizers.trainer import MetaTrainConfig
 from meta_optimizers.truncated import TruncatedConfig
@@ -33,8 +34,8 @@ RECIPE = Recipe(
             optimizer="sgd",
             hyper=Hyper(learning_rate=520.0, prediction_coef=0.05, max_grad_norm=0.02),
         ),
-        estimator=TruncatedConfig(
-            window=1,
+        estimator=TruncatedConfig(window=1),
+        loss=OuterLossConfig(
             policy_entropy=0.032,
             entropy_half_life=4500.0,
             regularisers={"prediction_entropy": -0.00016, "pi_hat_square": 0.0015, "y_hat_square": 0.0001},

@@ -19,13 +19,15 @@ import torch
 from experiments.meta_train import fresh_lives
 from experiments.recipes import Recipe
 from experiments.scores import Scorer
-from experiments.tuning.agents import check_read
+from experiments.tuning.agents import check_read, unread
 from experiments.tuning.study import Direction, Pruned, Study, Tested, Trial
+from learned_rl.component import Objective
 from learned_rl.evaluation import Array, Curves, iqm
 from learned_rl.registry import make_family
 from learned_rl.spaces import LogNegative, LogUniform, PowersOfTwo, Space, spaces
 from learned_rl.tasks.base import Split
-from learned_rl.types import at_least
+from learned_rl.types import UserError, at_least
+from meta_optimizers.estimators import make_estimator
 from meta_optimizers.trainer import MetaTrainer
 
 SEEDS, TEST = 1000, 9  # meta-training seeds of trials begin at SEEDS * seed, those of the test at SEEDS * (seed + TEST)
@@ -35,7 +37,7 @@ SEARCHED = (
     "recipe.train.learning_rate",
     "recipe.train.max_grad_norm",
     "recipe.train.estimator.window",
-    "recipe.train.estimator.policy_entropy",
+    "recipe.train.loss.policy_entropy",
     "recipe.train.agent.hyper.learning_rate",
     "recipe.train.agent.hyper.prediction_coef",
     "recipe.settings.width",
@@ -64,10 +66,10 @@ def outer_space(settings: OuterSettings) -> dict[str, Space]:
         known["recipe.settings.width"] = PowersOfTwo(2 ** max(0, exponent - 1), 2 ** (exponent + 1))
     if recipe.train.agent.optimizer == "sgd":
         known["recipe.train.agent.hyper.learning_rate"] = LogUniform(5.0, 1000.0)
-    for name, weight in recipe.train.estimator.regularisers.items():
+    for name, weight in recipe.train.loss.regularisers.items():
         if weight:
             bounds = abs(weight) / 10, abs(weight) * 10
-            path = f"recipe.train.estimator.regularisers.{name}"
+            path = f"recipe.train.loss.regularisers.{name}"
             known[path] = LogUniform(*bounds) if weight > 0 else LogNegative(*bounds)
     return known
 
@@ -123,10 +125,22 @@ class OuterStudy:
             tested_on={k: getattr(self, k) for k in ("test_tasks", "test_seeds")},
             suite=recipe.family,
         )
-        usual = [path for path in known if path in SEARCHED or ".regularisers." in path]
-        chosen = everything.select(parameters or usual)
         observations = make_family(recipe.family).observation_space
-        check_read(chosen, recipe.train.agent, recipe.make_component(), observations)
+        component = recipe.make_component()
+        objective = component if isinstance(component, Objective) else None
+        ignored = unread(recipe.train.agent, objective, observations)
+        usual = [
+            path
+            for path in known
+            if (path in SEARCHED or ".regularisers." in path)
+            and path.rpartition(".")[2] not in ignored
+            and not _of_judging(recipe, path)
+        ]
+        chosen = everything.select(parameters or usual)
+        check_read(chosen, recipe.train.agent, objective, observations)
+        for path in chosen:
+            if _of_judging(recipe, path):
+                raise UserError(f"{path} changes nothing here: evolution compares returns; choose another setting.")
         return replace(everything, space=chosen)
 
     def evaluate(self, settings: OuterSettings, trial: Trial) -> dict[str, float]:
@@ -176,13 +190,19 @@ class OuterStudy:
                 # A meta-step more would exceed the budget.
                 while trainer.environment_steps + per_meta_step(recipe) <= self.budget * rung / self.checkpoints:
                     trainer.step()
-                if not all(bool(p.isfinite().all()) for p in trainer.eta):
+                if not all(bool(p.isfinite().all()) for p in trainer.eta.values()):
                     raise Pruned(f"diverged: meta-parameters are not finite after {trainer.steps} meta-steps")
             if not last or rung == self.checkpoints:
                 yield [fresh_lives(family, trainer, split, tasks, self.seed if last else 0) for trainer in trainers]
 
 
+def _of_judging(recipe: Recipe, path: str) -> bool:
+    """Whether only an outer loss reads the setting, and there is none."""
+    judging = ".critic." in path or path.endswith(("loss.policy_entropy", "loss.entropy_half_life"))
+    return judging and make_estimator(recipe.train.estimator).stacked
+
+
 def per_meta_step(recipe: Recipe) -> int:
     """Environment steps of one meta-step, over all lifetimes."""
     train = recipe.train
-    return (train.estimator.window + 1) * train.lifetimes * train.agent.n_envs * train.agent.n_steps
+    return make_estimator(train.estimator).rollouts * train.lifetimes * train.agent.n_envs * train.agent.n_steps

@@ -14,6 +14,7 @@ import torch
 from gymnasium.spaces import Discrete
 from torch import Tensor
 
+from learned_rl.streams import Streams
 from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks
 
@@ -44,8 +45,15 @@ class BanditFamily(TaskFamily):
         draw = torch.randn if self.gaussian else torch.rand
         return {"mean": draw(n, self.arms, generator=generator)}
 
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> BanditVectorEnv:
-        return BanditVectorEnv(self, tasks, copies, seed, device)
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> BanditVectorEnv:
+        return BanditVectorEnv(self, tasks, copies, seed, device, streams)
 
     def optimal_return(self, tasks: Tasks) -> Tensor:
         """The best arm's mean."""
@@ -58,10 +66,16 @@ class BanditVectorEnv(TaskVectorEnv):
     state_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
-        self, family: BanditFamily, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        family: BanditFamily,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
     ) -> None:
         self.gaussian = family.gaussian
-        super().__init__(family, tasks, copies, seed, device)
+        super().__init__(family, tasks, copies, seed, device, streams)
 
     def _allocate(self) -> None:
         self._limit = torch.tensor(1, device=self.device)
@@ -76,8 +90,7 @@ class BanditVectorEnv(TaskVectorEnv):
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         mean = self.task["mean"].gather(1, action[:, None]).squeeze(1)
         if self.gaussian:
-            noise = torch.randn(self.num_envs, generator=self.generator, device=self.device)
-            return mean + noise, self._everywhere.clone()
+            return mean + self._normal(self.num_envs), self._everywhere.clone()
         return (self._uniform(self.num_envs) < mean).float(), self._everywhere.clone()
 
     def _observe(self) -> Tensor:

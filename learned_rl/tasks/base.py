@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import gymnasium
 import torch
@@ -19,6 +19,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from learned_rl.streams import Streams
 from learned_rl.types import Tasks, Tree, UserError, stream, stream_seed
 
 Split = Literal["train", "validation", "test"]
@@ -32,6 +33,17 @@ def unknown(what: str, value: str, choices: Iterable[str]) -> UserError:
     nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.0)[0]
     listed = ", ".join(choices) if len(choices) <= 16 else f"{len(choices)} choices"
     return UserError(f"unknown {what} '{value}': the nearest of {listed} is '{nearest}'")
+
+
+def check_choices(settings: object) -> None:
+    """Checks every setting of a dataclass that is one of a few words.
+
+    Raises:
+        UserError: another word.
+    """
+    for name, kind in get_type_hints(type(settings)).items():
+        if get_origin(kind) is Literal and (value := getattr(settings, name)) not in get_args(kind):
+            raise unknown(name, str(value), get_args(kind))
 
 
 class LifetimeEnv(Protocol):
@@ -48,9 +60,18 @@ class LifetimeEnv(Protocol):
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]: ...
 
     def set_tasks(self, lifetimes: Tensor, tasks: Tasks) -> Tensor:
-        """New tasks and fresh episodes for some lifetimes; all observations `[N, ...]`."""
+        """New tasks and fresh episodes for some lifetimes; all observations `[N, ...]`.
 
-    def state_dict(self) -> Tree: ...
+        Possibly for none of them: then all that happens is what a restart draws, since lifetimes of another process
+        restart.
+        """
+
+    def state_dict(self) -> Tree:
+        """What the next steps depend on, by names such that the states of several processes can be joined.
+
+        Each entry has the leading axis P or N, but for those without any axis and those whose name ends with
+        `generator`, which are the same in all processes (see `learned_rl.streams`).
+        """
 
     def load_state_dict(self, state: Tree) -> Tensor | None:
         """Go on from a saved state; where that cannot be, begin new episodes and return their observations."""
@@ -82,8 +103,21 @@ class TaskFamily(ABC):
         return self.sample(n, stream(split, seed))
 
     @abstractmethod
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> LifetimeEnv:
-        """A vector environment over `N = P * copies` copies; `P` is the leading axis of `tasks`."""
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> LifetimeEnv:
+        """A vector environment over `N = P * copies` copies; `P` is the leading axis of `tasks`.
+
+        Args:
+            streams: which random stream each lifetime draws from; None: a stream for each. Lifetimes that share one see
+                the same random numbers, copy by copy. (A family without this argument serves as long as all lifetimes
+                have a stream of their own and live in one process.)
+        """
 
     def optimal_return(self, tasks: Tasks) -> Tensor | None:
         """Exact best expected undiscounted return of one episode, `[n]`, where it can be computed; else None."""
@@ -100,8 +134,9 @@ class TaskVectorEnv(VectorEnv):
     * `_advance(action)`: move every copy by one step, return `(reward [N] float, terminated [N] bool)`;
     * `_observe()`: the observation `[N, ...]` of the present state.
 
-    Random draws always have the full size `[N, ...]`, so what one copy draws never depends on the others; new tasks
-    draw from a generator of their own, so that the lifetimes that go on are not disturbed.
+    Random numbers come from `_uniform`, `_normal` and `_integers`, which know the streams. Draws always have the full
+    size `[N, ...]`, so what one copy draws never depends on the others; new tasks draw from a generator of their own,
+    so that the lifetimes that go on are not disturbed.
     """
 
     state_names: ClassVar[tuple[str, ...]]
@@ -113,9 +148,11 @@ class TaskVectorEnv(VectorEnv):
         copies: int,
         seed: int,
         device: torch.device | str = "cpu",
+        streams: Streams | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.lifetimes = len(next(iter(tasks.values())))
+        self._streams = Streams.of(streams, self.lifetimes).copies(copies).to(self.device)
         self.copies = copies
         self.num_envs = self.lifetimes * copies
         self.single_observation_space = family.observation_space
@@ -174,7 +211,10 @@ class TaskVectorEnv(VectorEnv):
     # --- beyond gymnasium --------------------------------------------------------------------------------------
 
     def set_tasks(self, lifetimes: Tensor, tasks: Tasks) -> Tensor:
-        """Give the lifetimes `[k]` new tasks (leading axis `k`), begin fresh episodes there; all observations."""
+        """Give the lifetimes `[k]` new tasks (leading axis `k`), begin fresh episodes there; all observations.
+
+        With k = 0 nothing changes but the generator of restarts (see `LifetimeEnv`).
+        """
         lifetimes = lifetimes.to(self.device)
         mask = torch.zeros(self.lifetimes, dtype=torch.bool, device=self.device)
         mask[lifetimes] = True
@@ -193,7 +233,15 @@ class TaskVectorEnv(VectorEnv):
         """Refresh what was derived from the tasks; the state of running episodes stays."""
 
     def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator, device=self.device)
+        """Uniform numbers in [0, 1) of a shape that begins with N; so do the other two."""
+        return self._streams.uniform(shape, self.generator)
+
+    def _normal(self, *shape: int) -> Tensor:
+        return self._streams.normal(shape, self.generator)
+
+    def _integers(self, high: int, *shape: int) -> Tensor:
+        """From 0 to high - 1."""
+        return self._streams.integers(high, shape, self.generator)
 
     def state_dict(self) -> Tree:
         """Everything that the next steps depend on; tensors only."""

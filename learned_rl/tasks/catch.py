@@ -15,6 +15,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
+from learned_rl.streams import Streams
 from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks, UserError
 
@@ -47,8 +48,15 @@ class CatchFamily(TaskFamily):
     def sample(self, n: int, generator: torch.Generator) -> Tasks:
         return {"paddle": torch.full((n,), self.columns // 2)}
 
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> CatchVectorEnv:
-        return CatchVectorEnv(self, tasks, copies, seed, device)
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> CatchVectorEnv:
+        return CatchVectorEnv(self, tasks, copies, seed, device, streams)
 
     def optimal_return(self, tasks: Tasks) -> Tensor:
         """+1: every column can be reached in time."""
@@ -61,10 +69,16 @@ class CatchVectorEnv(TaskVectorEnv):
     state_names: ClassVar[tuple[str, ...]] = ("ball", "paddle")
 
     def __init__(
-        self, family: CatchFamily, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        family: CatchFamily,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
     ) -> None:
         self.rows, self.columns = family.rows, family.columns
-        super().__init__(family, tasks, copies, seed, device)
+        super().__init__(family, tasks, copies, seed, device, streams)
 
     def _allocate(self) -> None:
         self.ball = torch.zeros_like(self.elapsed)
@@ -77,7 +91,7 @@ class CatchVectorEnv(TaskVectorEnv):
         return self._limit
 
     def _begin(self, mask: Tensor) -> None:
-        column = torch.randint(self.columns, (self.num_envs,), generator=self.generator, device=self.device)
+        column = self._integers(self.columns, self.num_envs)
         self.ball = torch.where(mask, column, self.ball)
         self.paddle = torch.where(mask, self.task["paddle"], self.paddle)
 

@@ -25,6 +25,7 @@ import torch
 from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
+from learned_rl.streams import Streams
 from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks
 
@@ -75,9 +76,16 @@ class ChainFamily(TaskFamily):
     def sample(self, n: int, generator: torch.Generator) -> Tasks:
         return {"length": torch.randint(self.chain.shortest, self.chain.longest + 1, (n,), generator=generator)}
 
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> ChainVectorEnv:
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> ChainVectorEnv:
         env = DistractorChainVectorEnv if self.chain.distractor else ChainVectorEnv
-        return env(self, tasks, copies, seed, device)
+        return env(self, tasks, copies, seed, device, streams)
 
     def optimal_return(self, tasks: Tasks) -> Tensor:
         """+1 for every task: the noise has mean zero."""
@@ -90,10 +98,16 @@ class ChainVectorEnv(TaskVectorEnv):
     state_names: ClassVar[tuple[str, ...]] = ("context", "good")
 
     def __init__(
-        self, family: ChainFamily, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        family: ChainFamily,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
     ) -> None:
         self.chain = family.chain
-        super().__init__(family, tasks, copies, seed, device)
+        super().__init__(family, tasks, copies, seed, device, streams)
 
     def _allocate(self) -> None:
         self.context = torch.zeros_like(self.elapsed)
@@ -104,7 +118,7 @@ class ChainVectorEnv(TaskVectorEnv):
         return self.task["length"]
 
     def _coins(self, *shape: int) -> Tensor:
-        return torch.randint(2, shape, generator=self.generator, device=self.device)
+        return self._integers(2, *shape)
 
     def _begin(self, mask: Tensor) -> None:
         self.context = torch.where(mask, self._coins(self.num_envs), self.context)

@@ -23,6 +23,7 @@ import torch
 from gymnasium.spaces import Box, Discrete, Space
 from torch import Tensor
 
+from learned_rl.streams import Streams
 from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks
 
@@ -269,8 +270,15 @@ class ControlFamily(TaskFamily):
         factors = ((2 * draws - 1) * log_spread).exp()
         return {name: default * f for (name, default), f in zip(self.system.parameters.items(), factors, strict=True)}
 
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> ControlVectorEnv:
-        return ControlVectorEnv(self, tasks, copies, seed, device)
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> ControlVectorEnv:
+        return ControlVectorEnv(self, tasks, copies, seed, device, streams)
 
 
 class ControlVectorEnv(TaskVectorEnv):
@@ -279,11 +287,17 @@ class ControlVectorEnv(TaskVectorEnv):
     state_names: ClassVar[tuple[str, ...]] = ("state",)
 
     def __init__(
-        self, family: ControlFamily, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        family: ControlFamily,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
     ) -> None:
         self.system = family.system
         self.dtype = family.dtype
-        super().__init__(family, tasks, copies, seed, device)
+        super().__init__(family, tasks, copies, seed, device, streams)
 
     def _allocate(self) -> None:
         low, high = (torch.tensor(bound, dtype=self.dtype, device=self.device) for bound in self.system.start)

@@ -48,6 +48,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learned_rl.streams import Streams
 from learned_rl.tasks.base import TaskFamily, TaskVectorEnv
 from learned_rl.tasks.grid_solver import Layout, expected_return, grid_tables, has_bits, set_bits
 from learned_rl.types import Tasks, UserError
@@ -261,9 +262,18 @@ class GridFamily(TaskFamily):
         cells = key.topk(1 + self.layout.slots, largest=False).indices
         return tasks | {"start": cells[:, 0].clone(), "object_cell": cells[:, 1:].clone()}
 
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> GridVectorEnv:
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> GridVectorEnv:
         self._check(tasks)
-        return (RandomGridVectorEnv if self.source.random else GridVectorEnv)(self, tasks, copies, seed, device)
+        return (RandomGridVectorEnv if self.source.random else GridVectorEnv)(
+            self, tasks, copies, seed, device, streams
+        )
 
     def optimal_return(self, tasks: Tasks) -> Tensor | None:
         """Exact best expected return of one episode, undiscounted, `[n]`; None on the random grids."""
@@ -297,11 +307,17 @@ class GridVectorEnv(TaskVectorEnv):
     state_names: ClassVar[tuple[str, ...]] = ("cell", "present")
 
     def __init__(
-        self, family: GridFamily, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        family: GridFamily,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
     ) -> None:
         self.layout = family.layout
         self.planes = family.observation == "planes"
-        super().__init__(family, tasks, copies, seed, device)
+        super().__init__(family, tasks, copies, seed, device, streams)
 
     def _allocate(self) -> None:
         layout = self.layout

@@ -20,6 +20,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from learned_rl.streams import Streams
 from learned_rl.tasks.base import TaskFamily, unknown
 from learned_rl.types import Tasks, Tree, UserError
 
@@ -126,25 +127,39 @@ class GymFamily(TaskFamily):
     def sample(self, n: int, generator: torch.Generator) -> Tasks:
         return {"seed": torch.randint(2**31, (n,), generator=generator)}
 
-    def make(self, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu") -> GymVectorEnv:
-        return GymVectorEnv(self, tasks, copies, seed, device)
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> GymVectorEnv:
+        return GymVectorEnv(self, tasks, copies, seed, device, streams)
 
 
 class GymVectorEnv(VectorEnv):
     """`N = P * copies` copies of a gymnasium environment with the interface of `TaskVectorEnv`.
 
-    Copy `i` of all N is seeded from `(seed, restarts, task seed, i)`: lifetimes on one task have randomness of their
-    own, and what one does never changes what another draws. A gymnasium environment cannot be saved in general: see
-    `load_state_dict`.
+    A copy on stream `i` of all N is seeded from `(seed, restarts, task seed, i)`: lifetimes on one task have randomness
+    of their own unless they share a stream, and what one does never changes what another draws. A gymnasium environment
+    cannot be saved in general: see `load_state_dict`.
     """
 
     def __init__(
-        self, family: GymFamily, tasks: Tasks, copies: int, seed: int, device: torch.device | str = "cpu"
+        self,
+        family: GymFamily,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.lifetimes = len(tasks["seed"])
         self.copies = copies
         self.num_envs = self.lifetimes * copies
+        self._streams = Streams.of(streams, self.lifetimes).copies(copies).index.tolist()
         self.single_observation_space = family.observation_space
         self.single_action_space = family.action_space
         self.observation_space = batch_space(family.observation_space, self.num_envs)
@@ -186,7 +201,7 @@ class GymVectorEnv(VectorEnv):
         """Seed the copies in `mask [N]` anew and begin their episodes; all observations."""
         seeds: Any = [None] * self.num_envs
         for i in np.flatnonzero(mask):
-            entropy = (self.seed, self.restarts, int(self.task["seed"][i]), int(i))
+            entropy = (self.seed, self.restarts, int(self.task["seed"][i]), self._streams[i])
             seeds[i] = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         obs, _ = self.env.reset(seed=seeds, options={"reset_mask": mask})
         self._last = self._observed(obs)
@@ -235,6 +250,8 @@ class GymVectorEnv(VectorEnv):
 
     def set_tasks(self, lifetimes: Tensor, tasks: Tasks) -> Tensor:
         """Give the lifetimes `[k]` new tasks (leading axis `k`) and fresh episodes; returns all observations."""
+        if not len(lifetimes):  # seeds are no draws: nothing to keep in step with other processes
+            return self._last
         seeds = self.task["seed"].view(self.lifetimes, self.copies)  # a view: writes go through
         seeds[lifetimes.cpu()] = tasks["seed"].cpu()[:, None]
         mask = np.zeros((self.lifetimes, self.copies), dtype=np.bool_)

@@ -34,7 +34,7 @@ class Settings:
     """K of the comparison"""
     longest: int = 1000
     """K that only the rematerialised gradient is run with"""
-    rounds: int = 3
+    rounds: int = 2
     """meta-steps of each, taking turns; each in a fresh process"""
 
 

@@ -23,13 +23,13 @@ TARGET = ">= 1.8"
 class Settings:
     """Sizes of the benchmark."""
 
-    lpg: LPGSettings = field(default_factory=lambda: LPGSettings(warm_up=2))
+    lpg: LPGSettings = field(default_factory=lambda: LPGSettings(lifetimes=16, warm_up=1))
     """of a meta-step; its lifetimes are those of all processes"""
     width: int = 256
     """units of the recurrent core"""
     meta_steps: int = 5
     """meta-steps of a contender in one round"""
-    rounds: int = 5
+    rounds: int = 3
 
     @property
     def updates(self) -> int:

@@ -52,6 +52,8 @@ class PPOConfig:
     """parts into which each pass is cut; each is one gradient step"""
     optimizer: str = field(default="adam", metadata=searched(Choice("sgd", "momentum", "rmsprop", "adam")))
     """hand-made update rule, unless one is plugged in: sgd, momentum, rmsprop, adam"""
+    stop_denominator: bool = False
+    """treat the denominator of rmsprop and adam as a constant of the meta-gradient"""
     linear_decay: bool = field(default=False, metadata=searched(Choice(False, True)))
     """let the learning rate fall linearly to zero over the lifetime"""
     normalize_advantage: bool = field(default=True, metadata=searched(Choice(False, True)))
@@ -72,6 +74,8 @@ class PPOConfig:
             )
         if self.optimizer not in RULES:
             raise UserError(f"optimizer is {self.optimizer!r}: expected one of {', '.join(RULES)}.")
+        if self.stop_denominator and not hasattr(RULES[self.optimizer].Config(), "stop_denominator"):
+            raise UserError(f"stop_denominator is on, but {self.optimizer!r} has none: expected rmsprop or adam.")
 
     @classmethod
     def a2c(cls, **changes: object) -> Self:
@@ -125,7 +129,8 @@ class Slots:
         for slot, component in plugged.items():
             if component is not None and component.slot != slot:
                 raise UserError(f"Component {component.name!r} fits the slot {component.slot!r}, not {slot!r}.")
-        rule = RULES[config.optimizer]()
+        kind = RULES[config.optimizer]
+        rule = kind(kind.Config(stop_denominator=True)) if config.stop_denominator else kind()
         defaults: dict[str, Component] = {
             "objective": PPOClip(PPOClipConfig(config.normalize_advantage)),
             "reward": EnvironmentReward(),

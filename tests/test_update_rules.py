@@ -9,6 +9,8 @@ from torch.testing import assert_close
 
 from learned_rl.component import Hyper, lifetime_mean
 from learned_rl.inner_loop import GraphInner, PlainInner
+from learned_rl.ppo import PPOConfig, Slots
+from learned_rl.types import UserError
 from learned_rl.update_rules import (
     RULES,
     SGD,
@@ -258,3 +260,12 @@ def test_a_stopped_denominator_changes_derivatives_only(rule):
     # Adam's first step is -rate * sign(g) whatever g is, unless the denominator is a constant.
     assert_close(stopped, (steps[1] / grad).detach(), rtol=1e-9, atol=0)
     assert (full.abs() < 1e-3 * stopped.abs()).all()
+
+
+def test_the_denominator_is_stopped_from_the_settings():
+    assert PPOConfig().stop_denominator is False
+    config = PPOConfig(optimizer="rmsprop", stop_denominator=True)
+    assert Slots.fill(config).optimizer.config.stop_denominator
+    assert not Slots.fill(PPOConfig()).optimizer.config.stop_denominator
+    with pytest.raises(UserError, match="stop_denominator is on, but 'sgd' has none: expected rmsprop or adam"):
+        PPOConfig(optimizer="sgd", stop_denominator=True)

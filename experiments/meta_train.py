@@ -17,10 +17,11 @@ import torch
 from gymnasium.spaces import Discrete
 from rich.console import Console
 
+from experiments.figures import save_figure
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
 from experiments.recipes import Recipe
-from experiments.report import metrics_figure, save_figure
+from experiments.report import metrics_figure
 from experiments.runs import Checkpoint, Progress, Run, default_folder, plain
 from experiments.scores import Scorer
 from learned_rl import __version__, artifacts

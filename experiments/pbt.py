@@ -11,8 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.config_file import write_config
+from experiments.figures import COLOURS, count_axis, panels, save_figure
 from experiments.options import listed, usable_device
-from experiments.report import COLOURS, append_scores, conclude, count_axis, panels, save_figure
+from experiments.report import append_scores, conclude
 from experiments.runs import CONFIG, SCORES, Progress, Run, default_folder, plain
 from experiments.tuning.agents import AgentStudy, check_read
 from experiments.tuning.pbt import PBTConfig, PBTResult, population_based_training

@@ -1,5 +1,7 @@
-"""Scores of evaluations as one CSV, summarised in tables, figures and a self-contained HTML page; meta-trainings side
-by side.
+"""Scores of evaluations as one CSV, summarised in tables and learning curves; a self-contained HTML page about runs.
+
+The page holds scores, training curves, trials of studies and, from `experiments.meta_report`, meta-trainings side by
+side. What its figures share is in `experiments.figures`.
 
 The raw scores are rows `suite, method, task, seed, step, return, score`: `suite` is an environment or task family,
 `step` counts environment steps of one lifetime, `return` is undiscounted and per episode, `score` is the return on a
@@ -9,64 +11,54 @@ seeds with 95 % two-level bootstrap intervals, as `learned_rl.evaluation` explai
 
 from __future__ import annotations
 
-import base64
 import csv
 import difflib
 import io
 import itertools
 import math
 import os
-import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jinja2
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.artist import Artist
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from experiments.config_file import early_option
+from experiments.figures import (
+    COLOURS,
+    as_link,
+    count_axis,
+    distinct_names,
+    embedded,
+    legend,
+    panels,
+    rounded,
+    save_figure,
+    shortened,
+)
+from experiments.meta_report import COSTS, HELD_OUT, compare_meta_runs
 from experiments.runs import CONFIG, METRICS, SCORES, flatten, read_json, read_metrics
 from learned_rl.evaluation import Array, Curves, Interval, iqm_interval, ratio_interval
 from learned_rl.files import replacing
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError
-from meta_optimizers.estimators import ESTIMATORS
 
 Unit = Literal["score", "return"]
 
 COLUMNS = ("suite", "method", "task", "seed", "step", "return", "score")
-# Okabe and Ito's colours, told apart under every common colour blindness, without the yellow that white paper swallows.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", ":")  # one more for each time the colours are used up
+DASHES = ("-", "--", ":")  # one more for each time COLOURS are used up
 QUANTITY = {"score": "normalised score", "return": "return per episode"}
 BASELINE = "a2c"
 PANELS = 12  # of a run's training curves
-FIRST = ("inner/return", "eval/mean_reward", "meta/heldout_return", "meta/heldout_area", "meta/loss", "meta/grad_norm")
-#: What a meta-training logs at each validation, and how the figure calls it.
-FINAL, AREA = "meta/heldout_return", "meta/heldout_area"
-HELD_OUT = {FINAL: "held-out final score", AREA: "held-out mean over the lifetime"}
-ENVIRONMENT_STEPS, MINUTES, META_STEPS = "meta/environment_steps", "meta/minutes", "step"
-COSTS = {ENVIRONMENT_STEPS: "environment steps of meta-training", MINUTES: "minutes of meta-training"}
-# With COLOURS, twelve that are told apart; a line has a marker of its own as well, for eyes that do not.
-MORE_COLOURS = (*COLOURS, "#882255", "#999933", "#332288", "#8C8C8C", "#7A4A21")
-MARKERS = "os^DvPX<>ph"  # one fewer than colours: their pairs repeat after 132 lines
-MARKED = 15  # markers on a line, at most
-DIFFERENCES = 3  # settings in a run's label; where more differ, the folder's name says it shorter
-#: Settings that say how long to train and how often to look, which the figure shows, and what labels say anyway.
-UNLABELLED = ("name", "about", "train.estimator.name", "meta_steps", "minutes", "checkpoint_every", "validate_every")
-META_COLUMNS = (
-    *("family", "run", "label", "estimator", "meta_steps", "environment_steps", "minutes"),
-    *("best", "best_meta_step", "best_environment_steps", "best_minutes", "last"),
-)
+FIRST = ("inner/return", "eval/mean_reward", *HELD_OUT, "meta/loss", "meta/grad_norm")
 TRIALS, BEST = "trials.csv", "best.toml"
 BEST_TRIALS, UNSHOWN = 10, ("state", "worker", "reason", "retry_of")  # rows of their table, and columns left out of it
 #: What the figures of a study show, in the order of the page; `figures/study_{name}.png` of a run's folder.
@@ -83,6 +75,9 @@ STUDY_FIGURES = {
     "other members.",
     "curves": "What trials reported along the way. Grey lines end where a trial was pruned.",
 }
+
+
+# --- scores as a CSV -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -186,7 +181,7 @@ def _scores(path: Path, suite: str, method: str, rows: Array) -> Scores:
 def merge_scores(folders: Sequence[Path]) -> list[Scores]:
     """Scores of several runs. A method whose numbers differ between runs is kept apart, with the run in its label."""
     groups: dict[tuple[str, str], list[Scores]] = {}
-    for name, folder in zip(_names(folders), folders, strict=True):
+    for name, folder in zip(distinct_names(folders), folders, strict=True):
         for new in read_scores(folder / SCORES) if (folder / SCORES).exists() else []:
             group = groups.setdefault((new.suite, new.method), [])
             twin = next((i for i, old in enumerate(group) if [*old.rows()] == [*new.rows()]), None)
@@ -200,10 +195,7 @@ def merge_scores(folders: Sequence[Path]) -> list[Scores]:
     return [each for group in groups.values() for each in group]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """Distinct names of the folders, without the way there if that is enough."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [folder.as_posix() for folder in folders]
+# --- their summary as a table ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -303,25 +295,7 @@ def print_table(
     (console or Console()).print(table)
 
 
-def panels(n: int, columns: int = 3, width: float = 4.6, height: float = 3.4) -> tuple[Figure, list[Axes]]:
-    """A figure of `n` panels, `columns` side by side at most, each of so many inches."""
-    columns = 2 if (n, columns) == (4, 3) else min(n, columns)
-    rows = math.ceil(n / columns)
-    figure = Figure(figsize=(width * columns, height * rows + 0.5))
-    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.12)  # inches
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for spare in axes[n:]:
-        spare.remove()
-    for ax in axes[:n]:
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes[:n]
-
-
-def count_axis(ax: Axes) -> None:
-    """Whole numbers, large ones with a letter for thousands or millions, along a panel."""
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+# --- curves ----------------------------------------------------------------------------------------------------------
 
 
 def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Figure:
@@ -334,7 +308,7 @@ def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Fi
         raise UserError(f"No {unit} to draw: expected at least one method that was measured.")
     suites, labels = sorted({s.suite for s, _ in shown}), [*dict.fromkeys(s.label for s, _ in shown)]
     figure, axes = panels(len(suites))
-    handles: dict[str, Any] = {}
+    handles: dict[str, Artist] = {}
     for each, curves in shown:
         ax, i = axes[suites.index(each.suite)], labels.index(each.label)
         colour, dash = COLOURS[i % len(COLOURS)], DASHES[i // len(COLOURS) % len(DASHES)]
@@ -344,206 +318,8 @@ def learning_curve_figure(scores: Sequence[Scores], unit: Unit = "return") -> Fi
     for ax, suite in zip(axes, suites, strict=True):
         count_axis(ax)
         ax.set(title=suite, xlabel="environment steps of one lifetime", ylabel=f"{QUANTITY[unit]} (IQM)")
-    _legend(figure, handles)
+    legend(figure, handles)
     return figure
-
-
-def _legend(figure: Figure, handles: dict[str, Any]) -> None:
-    """Label -> line, below the panels, in as many columns as there is room for."""
-    room = int(figure.get_figwidth() / (0.7 + 0.075 * max(map(len, handles))))  # inches of handle and letters
-    columns = max(1, min(len(handles), room))
-    rows = math.ceil(len(handles) / columns)
-    figure.set_figheight(figure.get_figheight() + 0.22 * (rows - 1))  # not at the expense of the panels
-    figure.legend([*handles.values()], [*handles], loc="outside lower center", ncols=columns, frameon=False)
-
-
-@dataclass(frozen=True)
-class MetaRun:
-    """The validations of one meta-training.
-
-    Attributes:
-        name:      of the folder.
-        label:     in the figure; distinct from other runs'.
-        family:    of the tasks that it learned from; scores of different ones are not comparable.
-        estimator: its name; empty where it was not recorded.
-        settings:  dotted name -> value, of all that its numbers depend on, seed included.
-        values:    tag -> [n] at each validation, of `HELD_OUT` and `COSTS` and of meta-steps under `META_STEPS`; NaN
-                   where it was not logged.
-    """
-
-    name: str
-    label: str
-    family: str
-    estimator: str
-    settings: dict[str, Any]
-    values: dict[str, Array]
-
-    @property
-    def score(self) -> Array:
-        """[n] what the best component is chosen by: the mean of the final score and of that over the lifetime."""
-        return (self.values[FINAL] + self.values[AREA]) / 2
-
-    @property
-    def costed(self) -> bool:
-        """Whether each validation has its costs."""
-        return all(bool(np.isfinite(self.values[tag]).all()) for tag in COSTS)
-
-    @property
-    def dash(self) -> str:
-        """Solid where the estimator differentiates, dashed where it perturbs, dotted where it is not known."""
-        return ":" if self.estimator not in ESTIMATORS else "--" if ESTIMATORS[self.estimator].stacked else "-"
-
-    def row(self) -> list[object]:
-        """Cells under `META_COLUMNS`; None where there is no number."""
-        score, costs = self.score, [self.values[tag] for tag in (META_STEPS, *COSTS)]
-        best = int(np.nanargmax(score)) if np.isfinite(score).any() else None
-        where = [None if best is None else x[best] for x in (score, *costs)]
-        numbers = [*(x[-1] for x in costs), *where, score[-1]]
-        known = [None if x is None or not math.isfinite(x) else _whole(x) for x in numbers]
-        return [self.family, self.name, self.label, self.estimator, *known]
-
-
-def _whole(x: float) -> float | int:
-    return int(x) if x == int(x) else float(x)
-
-
-def read_meta_runs(folders: Sequence[Path]) -> list[MetaRun]:
-    """Those of the runs that are meta-trainings with a validation, in the order given."""
-    runs = []
-    for name, folder in zip(_names(folders), folders, strict=True):
-        found = read_metrics(folder)
-        if FINAL not in found:
-            continue
-        steps, config = np.unique(found[FINAL][0]), flatten(read_json(folder / CONFIG))
-        values = {tag: _at(steps, *found.get(tag, ((), ()))) for tag in (*HELD_OUT, *COSTS)}
-        settings = {k: v for k, v in config.items() if k not in UNLABELLED} | {"seed": read_json(folder / "seed")}
-        family, estimator = str(config.get("family", "family not recorded")), _estimator(folder, config)
-        runs.append(MetaRun(name, name, family, estimator, settings, values | {META_STEPS: steps.astype(float)}))
-    return _labelled(runs)
-
-
-def _at(steps: Array, logged: Iterable[int], values: Iterable[float]) -> Array:
-    """[n] the values logged at `steps`; NaN where none was."""
-    found = dict(zip(logged, values, strict=True))
-    return np.array([found.get(step, math.nan) for step in steps])
-
-
-def _estimator(folder: Path, config: dict[str, Any]) -> str:
-    """The estimator's name: from the config, or from the command of runs that have none there; else empty."""
-    if name := config.get("train.estimator.name"):
-        return str(name)
-    first, *_ = (folder / "command.txt").read_text(encoding="utf-8").splitlines() or [""]
-    return early_option("--estimator", "a name", shlex.split(first))[0] or ""
-
-
-def _labelled(runs: Sequence[MetaRun]) -> list[MetaRun]:
-    """The runs with labels that tell them apart: the estimator, and in what runs with the same one differ."""
-    labels = []
-    for run in runs:
-        peers = [peer.settings for peer in runs if peer.estimator == run.estimator]
-        shared = [k for k in run.settings if all(k in settings for settings in peers)]
-        differing = [k for k in shared if any(settings[k] != run.settings[k] for settings in peers)]
-        named = zip(_shortened(differing), differing, strict=True)
-        words = [f"{short} {_rounded(str(run.settings[k]))}" for short, k in named]
-        few, where = len(words) <= DIFFERENCES, f"{run.estimator} ({run.name})" if run.estimator else run.name
-        labels.append(", ".join([run.estimator, *words]) if few and run.estimator else where)
-    taken = Counter(labels)
-    unique = [x if taken[x] == 1 else f"{x} ({run.name})" for x, run in zip(labels, runs, strict=True)]
-    return [replace(run, label=label) for run, label in zip(runs, unique, strict=True)]
-
-
-def _shortened(names: Sequence[str]) -> list[str]:
-    """Dotted names without what is not needed to tell them apart."""
-    last = Counter(name.rpartition(".")[2] for name in names)
-    return [end if last[end := name.rpartition(".")[2]] == 1 else name for name in names]
-
-
-def meta_training_figure(runs: Sequence[MetaRun]) -> Figure:
-    """Held-out scores over what they cost: a column for each cost, two rows for each task family, a line for each run.
-
-    Meta-steps, which cost every estimator something else, are a column only where a run has no costs to show.
-    """
-    families = sorted({run.family for run in runs})
-    rows = [(family, tag) for family in families for tag in HELD_OUT]
-    columns = {tag: name for tag, name in COSTS.items() if any(np.isfinite(run.values[tag]).any() for run in runs)}
-    if not all(run.costed for run in runs):
-        columns[META_STEPS] = "meta-steps"
-    figure, axes = panels(len(rows) * len(columns), len(columns))
-    handles: dict[str, Any] = {}
-    for ax, ((family, quantity), cost) in zip(axes, itertools.product(rows, columns), strict=True):
-        for i, run in enumerate(runs):
-            if run.family == family:
-                colour, marker = MORE_COLOURS[i % len(MORE_COLOURS)], MARKERS[i % len(MARKERS)]
-                x, y = run.values[cost], run.values[quantity]
-                (line,) = ax.plot(x, y, run.dash, color=colour, marker=marker, markevery=math.ceil(len(x) / MARKED))
-                line.set(linewidth=1.4, markersize=5, markeredgewidth=0)
-                handles[run.label] = line
-        ax.set(xlabel=columns[cost], ylabel=HELD_OUT[quantity], title=family if quantity == FINAL else "")
-        if ax.dataLim.width >= 0:  # minus infinity where nothing was drawn
-            _cost_axis(ax, cost, [run.values[cost] for run in runs if run.family == family])
-        else:
-            ax.text(0.5, 0.5, f"no {HELD_OUT[quantity]}\nover {columns[cost]}", transform=ax.transAxes, ha="center")
-            ax.set_axis_off()
-    _legend(figure, {run.label: handles[run.label] for run in runs})
-    return figure
-
-
-def _cost_axis(ax: Axes, cost: str, costs: Iterable[Array]) -> None:
-    """Logarithmic where some run went on ten times as long as another, whose line would be a dot otherwise."""
-    positive = [x for all_of in costs if len(x := all_of[all_of > 0])]
-    lasts = [x[-1] for x in positive]
-    if lasts and max(lasts) > 10 * min(lasts):
-        spread = max(lasts) / min(x[0] for x in positive)
-        ax.set_xscale("log")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if spread < 200 else (1,)))
-        ax.xaxis.set_minor_locator(NullLocator())
-    else:
-        ax.set_xlim(left=0)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=cost != MINUTES, steps=[1, 2, 5, 10]))
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}") if cost == MINUTES else EngFormatter(sep=""))
-
-
-def write_meta_table(runs: Sequence[MetaRun], path: Path) -> Path:
-    """A CSV of a row for each run: what it cost until its last validation, its best score, where it was reached, and
-    the last one. Scores are the means of the final one and of that over the lifetime. Without a number: empty."""
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([META_COLUMNS, *(run.row() for run in runs)])
-    with replacing(path) as file:
-        file.write(table.getvalue().encode())
-    return path
-
-
-def _compared(folders: Sequence[Path], out: Path) -> dict[str, Any] | None:
-    """What the page says about meta-trainings side by side, with table and figure as files beside it too; None where
-    there are none."""
-    if not (runs := read_meta_runs(folders)):
-        return None
-    begun = [
-        name
-        for name, f in zip(_names(folders), folders, strict=True)
-        if any(tag.startswith("meta/") for tag in read_metrics(f))
-    ]
-    table = write_meta_table(runs, out.with_name(f"{out.stem}_meta_training.csv"))
-    picture = save_figure(meta_training_figure(runs), table.with_suffix(".png"))
-    hidden = {"estimator"} if len({run.family for run in runs}) > 1 else {"estimator", "family"}
-    shown = [i for i, name in enumerate(META_COLUMNS) if name not in hidden]
-    ranked = sorted(runs, key=lambda run: (run.family, -np.nan_to_num(run.score, nan=-math.inf).max()))
-    return {
-        "head": [META_COLUMNS[i].replace("_", " ") for i in shown],
-        "rows": [[_cell(META_COLUMNS[i], run.row()[i]) for i in shown] for run in ranked],
-        "begun": [name for name in begun if name not in {run.name for run in runs}],
-        "uncosted": [run.name for run in runs if not run.costed],
-        "unknown": [run.name for run in runs if run.estimator not in ESTIMATORS],
-        "files": [table.name, picture.name],
-        "png": _as_link(picture.read_bytes()),
-    }
-
-
-def _cell(column: str, value: Any) -> str:
-    if value is None:
-        return "–"
-    digits = 3 if column in ("best", "last") else 1 if column.endswith("minutes") else 0
-    return value if isinstance(value, str) else f"{value:,.{digits}f}"
 
 
 def metrics_figure(run_folder: Path) -> Figure:
@@ -574,21 +350,7 @@ def running_mean(values: Array, width: int) -> Array:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def save_figure(figure: Figure, path: Path) -> Path:
-    """The figure as a PNG of 150 dots per inch."""
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=150)
-    return path
-
-
-def _embedded(figure: Figure) -> str:
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
-    return _as_link(png.getvalue())
-
-
-def _as_link(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+# --- the page --------------------------------------------------------------------------------------------------------
 
 
 def _checked(folder: Path) -> Path:
@@ -620,7 +382,7 @@ def _described(folder: Path, out: Path) -> dict[str, Any]:
         "versions": read_json(folder / "versions.json"),
         "config": flatten(read_json(folder / CONFIG)),
         "files": [Path(file).as_posix() for file in files],
-        "training": _embedded(metrics_figure(folder)) if _trained(folder) else None,
+        "training": embedded(metrics_figure(folder)) if _trained(folder) else None,
         "study": _study(folder),
     }
 
@@ -628,7 +390,7 @@ def _described(folder: Path, out: Path) -> dict[str, Any]:
 def _study(folder: Path) -> dict[str, Any] | None:
     """What the page says about the trials of a study; None where the run was none."""
     pictures = {folder / "figures" / f"study_{name}.png": caption for name, caption in STUDY_FIGURES.items()}
-    shown = [(_as_link(path.read_bytes()), caption) for path, caption in pictures.items() if path.exists()]
+    shown = [(as_link(path.read_bytes()), caption) for path, caption in pictures.items() if path.exists()]
     if not shown and not (folder / TRIALS).exists():
         return None
     return {"figures": shown, "ends": {}, "head": [], "rows": []} | _trials(folder)
@@ -651,22 +413,13 @@ def _trials(folder: Path) -> dict[str, Any]:
         raise UserError(f"Cannot read {path}, expected a table as `learned-rl tune` writes it: {error}.") from error
     names = [name for name in head if name not in UNSHOWN and any(t[name] for t in best)]
     ends = {kind: ended[kind] for kind in ("completed", "pruned", "diverged", "infeasible") if ended[kind]}
-    return {"ends": ends, "head": _shortened(names), "rows": [[_rounded(t[name]) for name in names] for t in best]}
+    return {"ends": ends, "head": shortened(names), "rows": [[rounded(t[name]) for name in names] for t in best]}
 
 
 def _reason(text: str) -> str:
     """Why a trial has no score: its reason's first word, if that says more than that it was pruned."""
     word = text.partition(":")[0]
     return word if word in ("diverged", "infeasible") else "pruned"
-
-
-def _rounded(cell: str) -> str:
-    """The cell of a CSV, with four significant digits if it is a number with decimals."""
-    try:
-        value = float(cell)
-    except ValueError:
-        return cell
-    return f"{value:.0f}" if value.is_integer() and abs(value) < 1e9 else f"{value:.4g}"
 
 
 def conclude(folder: Path, figure: Path, baseline: str | None = None, unit: Unit | None = None) -> Path:
@@ -701,11 +454,11 @@ def write_report(folders: Sequence[Path], out: Path, baseline: str | None = None
     results = []
     for unit in get_args(Unit):
         if rows := summary_table(scores, baseline, unit):
-            picture = _embedded(learning_curve_figure(scores, unit))
+            picture = embedded(learning_curve_figure(scores, unit))
             results.append({"quantity": QUANTITY[unit], "head": headings(baseline, unit), "rows": rows, "png": picture})
     source = (Path(__file__).parent / "templates" / "report.html.j2").read_text(encoding="utf-8")
     template = jinja2.Template(source, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    described, compared = [_described(folder, out) for folder in folders], _compared(folders, out)
+    described, compared = [_described(folder, out) for folder in folders], compare_meta_runs(folders, out)
     page = template.render(runs=described, results=results, compared=compared, baseline=baseline)
     with replacing(out) as file:
         file.write(page.encode())

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from experiments.figures import COLOURS, save_figure
 from experiments.recipes import recipes
-from experiments.report import COLOURS, save_figure
 from learned_rl import artifacts
 from learned_rl.component import Component, Context, Hyper
 from learned_rl.defaults import PPOClip

@@ -20,30 +20,31 @@ import pytest
 from matplotlib.colors import to_hex
 from rich.console import Console
 
-from experiments.meta_train import MetaTrain, meta_train
-from experiments.recipes import Recipe
-from experiments.report import (
+from experiments.figures import COLOURS, save_figure
+from experiments.meta_report import (
     AREA,
-    BEST,
-    COLOURS,
-    COLUMNS,
     ENVIRONMENT_STEPS,
     FINAL,
     META_COLUMNS,
     MINUTES,
+    meta_training_figure,
+    read_meta_runs,
+)
+from experiments.meta_train import MetaTrain, meta_train
+from experiments.recipes import Recipe
+from experiments.report import (
+    BEST,
+    COLUMNS,
     PANELS,
     STUDY_FIGURES,
     TRIALS,
     append_scores,
     learning_curve_figure,
     merge_scores,
-    meta_training_figure,
     metrics_figure,
     print_table,
-    read_meta_runs,
     read_scores,
     running_mean,
-    save_figure,
     summary_table,
     write_report,
 )

@@ -16,7 +16,8 @@ from optuna.trial import TrialState, create_trial
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from experiments.report import COLOURS, STUDY_FIGURES
+from experiments.figures import COLOURS
+from experiments.report import STUDY_FIGURES
 from experiments.tuning.outputs import TrialEvents, importances, save_figures, study_figures, write_trials
 from learned_rl.types import UserError
 

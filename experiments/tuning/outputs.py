@@ -29,7 +29,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from experiments.report import COLOURS, count_axis, panels, save_figure
+from experiments.figures import COLOURS, count_axis, panels, save_figure
 from learned_rl.evaluation import Array
 from learned_rl.files import replacing, speaking
 

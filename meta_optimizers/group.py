@@ -11,7 +11,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from learned_rl.types import Tree, UserError
 
 R = TypeVar("R")
 PATIENCE = timedelta(minutes=30)  # for a process that validates or writes while the others wait
+FAREWELL = timedelta(seconds=10)  # for a process that ends later than the others
 
 
 class Group:
@@ -91,14 +92,26 @@ class Processes(Group):
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._lost = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
         try:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            self._store, self.rank, self.size = next(dist.rendezvous("env://", timeout=PATIENCE))
+            dist.init_process_group("gloo", timeout=PATIENCE, store=self._store, rank=self.rank, world_size=self.size)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"The processes did not find each other ({_reason(error)}).") from error
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def leave(self) -> None:
+        """End the group; the first process, which may keep the store for the others, goes last.
+
+        It waits for nobody once one of them is lost, and for no longer than `FAREWELL` otherwise.
+        """
+        dist.destroy_process_group()
+        with suppress(RuntimeError):  # the store, or a process, is gone already
+            self._store.set(f"left/{self.rank}", "")
+            if self.first and not self._lost:
+                self._store.wait([f"left/{rank}" for rank in range(self.size)], FAREWELL)
+        del self._store
 
     def _note(self, *_: object) -> None:
         self._asked = True
@@ -161,6 +174,7 @@ class Processes(Group):
         try:
             talk()
         except RuntimeError as error:
+            self._lost = True
             raise UserError(
                 f"Process {self.rank} of {self.size} lost another one ({_reason(error)}): the same command with "
                 "--resume goes on from the last checkpoint."
@@ -197,9 +211,11 @@ def joined() -> Iterator[Group]:
         return
     before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
     try:
-        yield Processes()
+        group = Processes()
+        try:
+            yield group
+        finally:
+            group.leave()
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
         for number, handler in before:
             signal.signal(number, handler)

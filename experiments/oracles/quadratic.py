@@ -81,9 +81,8 @@ class Quadratic(Problem):
         zero = theta.new_zeros(self.lifetimes)
         loss = self.judge({"theta": theta}, data, eta)
         alive = theta.detach().isfinite().all(1)  # stop: a look
-        return Moved(
-            {"theta": moved, "velocity": velocity}, loss, zero, zero, alive, {"inner": gradient.detach().norm(dim=1)}
-        )
+        metrics = {"inner": gradient.detach().norm(dim=1)}  # stop: to look at
+        return Moved({"theta": moved, "velocity": velocity}, loss, zero, zero, alive, metrics)
 
     def judge(self, state: Tree, data: Tree, eta: Eta, importance: bool = False, bare: bool = False) -> Tensor:
         return 0.5 * state["theta"].square().sum(1)

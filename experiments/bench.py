@@ -27,6 +27,7 @@ from experiments.benchmarks import (
     memory,
     ppo,
     scaling,
+    self_tuning,
     threads,
     tuning,
 )
@@ -64,6 +65,7 @@ GROUPS: dict[str, Group] = {
     "memory": Group(memory.measure, "memory over many chained windows"),
     "tuning": Group(tuning.measure, "workers that share a study"),
     "estimators": Group(estimators.measure, "long windows: the rematerialised meta-gradient beside the plain unroll"),
+    "self-tuning": Group(self_tuning.measure, "numbers learned online beside the same algorithm without"),
     "scaling": Group(scaling.measure, "meta-training by two processes over that by one"),
     "gpu": Group(gpu.measure, "lpg and grid on a CUDA device"),
     "learning": Group(

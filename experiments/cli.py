@@ -75,12 +75,18 @@ def _meta_train_settings(words: list[str]) -> MetaTrain:
 
 
 def _train(words: list[str], command: list[str]) -> None:
-    from experiments.config_file import config_option, read_config
+    from experiments.config_file import config_option, early_option, read_config
+    from experiments.recipes import online_recipes
     from experiments.train import Train, suited, train
 
-    env, rest = _operand("train", "gymnasium id or task family", words)
+    env, rest = _operand("train", "gymnasium id, task family or recipe", words)
+    estimator, rest = early_option("--estimator", "a name, such as 'bmg'", rest)
     file, rest = config_option(rest)
-    defaults = suited(env, rest) if env else Train()
+    if (recipe := online_recipes().get(env)) is not None:
+        recipe = recipe.estimated_by(estimator) if estimator else recipe
+        env, defaults = recipe.env, recipe.train
+    else:
+        defaults = suited(env, rest, estimator) if env else Train()
     args = parse(Train, f"train {env or 'ENV'}", rest, read_config(file, defaults) if file else defaults)
     print(f"report: {train(env, args, command)}")
 

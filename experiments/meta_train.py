@@ -225,6 +225,7 @@ def _interrupts(group: Group) -> AbstractContextManager[Callable[[], bool]]:
 
 
 def _tags(metrics: dict[str, float]) -> dict[str, float]:
-    """Outer-loop numbers under meta/, what the agents score under inner/."""
+    """Outer-loop numbers under meta/, what the agents score and do under inner/, learned numbers by their own names."""
+    named = {k.replace("agent/", "inner/"): v for k, v in metrics.items() if "/" in k}
     inner = {"return", "final_return"}
-    return {f"{'inner' if k in inner else 'meta'}/{k}": v for k, v in metrics.items()}
+    return {f"{'inner' if k in inner else 'meta'}/{k}": v for k, v in metrics.items() if "/" not in k} | named

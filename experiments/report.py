@@ -58,6 +58,8 @@ DASHES = ("-", "--", ":")  # one more for each time COLOURS are used up
 QUANTITY = {"score": "normalised score", "return": "return per episode"}
 BASELINE = "a2c"
 PANELS = 12  # of a run's training curves
+TUNED, LOW, HIGH = "tuned/", "_low", "_high"  # tags of what is learned online: means and quartiles
+EARNED = {"rollout/ep_rew_mean": "return per episode", "train/reward": "reward per environment step"}  # the first known
 FIRST = ("inner/return", "eval/mean_reward", *HELD_OUT, "meta/loss", "meta/grad_norm")
 TRIALS, BEST = "trials.csv", "best.toml"
 BEST_TRIALS, UNSHOWN = 10, ("state", "worker", "reason", "retry_of")  # rows of their table, and columns left out of it
@@ -327,7 +329,10 @@ def metrics_figure(run_folder: Path) -> Figure:
     found = read_metrics(run_folder)
     if not found:
         raise UserError(f"No metrics in {run_folder / METRICS}: expected a run that has logged at least one step.")
-    order = sorted(found.keys() - COSTS.keys(), key=lambda tag: (FIRST.index(tag) if tag in FIRST else len(FIRST), tag))
+    shown = [tag for tag in found if tag not in COSTS and not tag.startswith(TUNED)]
+    order = sorted(
+        shown, key=lambda tag: (FIRST.index(tag) if tag in FIRST else len(FIRST), tag.startswith("inner/"), tag)
+    )
     outer = any(tag.startswith(("meta/", "es/")) for tag in found)
     figure, axes = panels(min(len(order), PANELS))
     for ax, tag in zip(axes, order, strict=False):
@@ -340,6 +345,28 @@ def metrics_figure(run_folder: Path) -> Figure:
         ax.set(title=tag, xlabel="meta-updates" if outer else "environment steps")
     if len(order) > PANELS:
         figure.supxlabel(f"{PANELS} of {len(order)} logged numbers; the others are in {METRICS}", fontsize=9)
+    return figure
+
+
+def tuned_figure(run_folder: Path) -> Figure | None:
+    """The course of every number that was learned online, mean and middle half of the seeds, beside what the agents
+    earned meanwhile; None where none was."""
+    found = read_metrics(run_folder)
+    names = [tag for tag in found if tag.startswith(TUNED) and not tag.endswith((LOW, HIGH))]
+    if not names:
+        return None
+    earned = next(tag for tag in EARNED if tag in found and np.isfinite(found[tag][1]).any())
+    figure, axes = panels(1 + len(names))
+    for ax, tag in zip(axes, (earned, *names), strict=True):
+        steps, values = found[tag]
+        width = max(len(values) // 100, 1)
+        ax.plot(steps, running_mean(values, width), color=COLOURS[0], lw=1.6)
+        if tag in names:
+            low, high = (running_mean(found[tag + end][1], width) for end in (LOW, HIGH))
+            ax.fill_between(steps, low, high, color=COLOURS[0], alpha=0.2, lw=0)
+        count_axis(ax)
+        ax.set(title=EARNED.get(tag, tag.removeprefix(TUNED)), xlabel="environment steps of one lifetime")
+    figure.supxlabel("mean over seeds; the band holds the middle half of them", fontsize=9)
     return figure
 
 
@@ -383,6 +410,7 @@ def _described(folder: Path, out: Path) -> dict[str, Any]:
         "config": flatten(read_json(folder / CONFIG)),
         "files": [Path(file).as_posix() for file in files],
         "training": embedded(metrics_figure(folder)) if _trained(folder) else None,
+        "tuned": embedded(tuned) if (tuned := tuned_figure(folder)) is not None else None,
         "study": _study(folder),
     }
 
@@ -433,6 +461,8 @@ def conclude(folder: Path, figure: Path, baseline: str | None = None, unit: Unit
     unit = unit or ("score" if any(each.scores is not None for each in scores) else "return")
     print_table(summary_table(scores, baseline, unit), baseline, unit)
     save_figure(learning_curve_figure(scores, unit), folder / figure)
+    if (tuned := tuned_figure(folder)) is not None:
+        save_figure(tuned, (folder / figure).with_name("tuned.png"))
     return write_report([folder], folder / "report.html", baseline)
 
 

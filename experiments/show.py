@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.figures import COLOURS, save_figure
-from experiments.recipes import recipes
+from experiments.recipes import online_recipes, recipes
 from learned_rl import artifacts
 from learned_rl.component import Component, Context, Hyper
 from learned_rl.defaults import PPOClip
 from learned_rl.registry import components, families
 from learned_rl.trajectory import Trajectory
 from objectives.dpo import DPO
+from objectives.lirpg import LIRPG
 from objectives.lpg import LPG
 
 T = 20  # steps of a probe rollout
@@ -41,6 +42,8 @@ def show(file: str, out: Path | None) -> Path | None:
         figure = _lpg_figure(component)
     elif isinstance(component, PPOClip):
         figure = _surrogate_figure(component)
+    elif isinstance(component, LIRPG) and hasattr(component, "table"):
+        figure = _table_figure(component)
     else:
         return None
     return save_figure(figure, out or Path(f"{file}.png" if file in components() else file).with_suffix(".png"))
@@ -128,6 +131,22 @@ def _surrogate_figure(objective: PPOClip) -> Figure:
     return figure
 
 
+# --- LIRPG: a table of rewards ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _table_figure(reward: LIRPG) -> Figure:
+    """What each action in each state is paid beyond the environment's reward."""
+    paid = reward.config.scale * torch.tanh(reward.table).T.numpy()
+    largest = max(np.abs(paid).max(), 1e-12)
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    ax = figure.subplots()
+    image = ax.imshow(paid, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+    figure.colorbar(image, label="reward per step")
+    ax.set(xlabel="state", ylabel="action", title="Learned reward", yticks=range(len(paid)))
+    return figure
+
+
 def _label(ax: Axes, x: str, y: str, title: str) -> None:
     ax.set_xlabel(x)
     ax.set_ylabel(y)
@@ -146,6 +165,8 @@ def print_catalogue() -> None:
     table = Table(title="recipes", show_header=False)
     for recipe in recipes().values():
         table.add_row(recipe.name, f"{recipe.about} ({recipe.component} on {recipe.family})")
+    for each in online_recipes().values():
+        table.add_row(each.name, f"{each.about} (one lifetime on {each.env})")
     console.print(table)
     table = Table(title="task families (name/preset)", show_header=False)
     for name, family in families().items():

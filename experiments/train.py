@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from experiments.config_file import early_option
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
+from experiments.plugs import Plugged, plugs
 from experiments.report import append_scores, conclude
 from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
-from learned_rl import PPO, PPOConfig, artifacts
+from learned_rl import PPOConfig, __version__, artifacts
 from learned_rl.component import SLOTS, Objective
 from learned_rl.evaluation import Curves
 from learned_rl.lifetimes import under
-from learned_rl.registry import make_family
+from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import unknown
-from learned_rl.types import at_least
+from learned_rl.types import UserError, at_least
+from meta_optimizers.self_tuning import SelfTuning, SelfTuningConfig
 
 FIGURE = Path("figures") / "learning_curve.png"
+ROWS = 2000  # records of a run's metrics, at most about
+PARTS = "components"  # where what was learned online is saved
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(Plugged):
     """Train PPO, with whatever is plugged into its slots. --config FILE takes settings from a file, such as
     the best.toml of `learned-rl tune`; options given beside it win."""
 
-    objective: str | None = None
-    """component file, or a registered name such as dpo; default: PPO's own"""
-    reward: str | None = None
-    """component file or registered name for the reward slot; default: the environment's reward"""
-    hyperparameters: str | None = None
-    """component file (such as a schedule) or registered name for the hyperparameters slot; default: constants"""
-    auxiliary: str | None = None
-    """component file or registered name for the auxiliary slot; default: nothing"""
-    optimizer: str | None = None
-    """component file or registered name for the optimizer slot; default: the config's rule"""
     preset: str | None = None
     """a2c for the settings of advantage actor-critic; default: what suits the objective"""
     steps: int = 100_000
@@ -52,6 +49,8 @@ class Train:
     """points of the learning curve after the first"""
     episodes: int = 20
     """fresh episodes of each agent at each point"""
+    label: str | None = None
+    """name of the method in tables and figures; default: what is plugged in"""
     out: Path | None = None
     """run folder; default: runs/ENV__seedN__TIME"""
     resume: bool = False
@@ -60,6 +59,8 @@ class Train:
     """torch device"""
     config: PPOConfig = field(default_factory=PPOConfig)
     """settings of the algorithm; the defaults are what suits the objective"""
+    outer: SelfTuningConfig = field(default_factory=SelfTuningConfig)
+    """how parts are learned online; --estimator NAME chooses another estimator"""
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps, seeds=self.seeds, checkpoints=self.checkpoints, episodes=self.episodes)
@@ -73,18 +74,39 @@ class _Session:
     run: Run
 
     def __init__(self, env: str, args: Train) -> None:
-        self.args = args
-        plugs = {slot: getattr(args, slot) for slot in SLOTS}
-        self.agent = PPO(env, args.config, **plugs, seeds=args.seeds, seed=args.seed, device=args.device)  # type: ignore[arg-type]
+        self.args, self.env = args, env
+        plugged: dict[str, Any] = plugs(args, args.config.linear_decay)
+        many = {"seeds": args.seeds, "seed": args.seed, "device": args.device}
+        self.agent = SelfTuning(env, args.config, learned=args.learned, outer=args.outer, **many, **plugged)  # type: ignore[arg-type]
+        defaults = SelfTuningConfig(), SelfTuningConfig.suited(self.agent.family.observation_space)
+        if not self.agent.learned and args.outer not in defaults:
+            raise UserError(
+                "--outer and --estimator say how parts are learned online, and none is: expected --self-tune, or a "
+                "part that is made for it, such as --reward lirpg."
+            )
+        self.earned = self.agent.lifetimes.earned  # where the last point of the learning curve was
         self.steps: list[int] = []
         self.returns: list[np.ndarray] = []  # [seeds] at each of the steps
         self.began, self.first = time.perf_counter(), 0
+        self.unlogged: list[dict[str, float]] = []  # metrics of each update since the last record
+        self.logged = 0  # environment steps then
+
+    def method(self) -> str:
+        """Name of what runs: the objective or preset, and whatever is learned online."""
+        base = Path(self.args.objective).stem if self.args.objective else (self.args.preset or "ppo")
+        parts = dict(self.agent.algorithm.slots.items())
+        return "+".join([base, *(parts[slot].name for slot in self.agent.learned if slot != "objective")])
 
     def marks(self) -> list[int]:
         """Environment steps at which the agents are still to be evaluated: at whole updates."""
-        per_update = self.args.config.n_steps * self.args.config.n_envs
+        per_update = self.agent.per_update
         even = np.linspace(0, self.args.steps, self.args.checkpoints + 1)
-        return (np.unique(np.ceil(even / per_update).astype(int)) * per_update).tolist()[len(self.steps) :]
+        marks = (np.unique(np.ceil(even / per_update).astype(int)) * per_update).tolist()
+        return [mark for mark in marks[self.agent.family.continuing :] if self.ahead(mark)]
+
+    def ahead(self, mark: int) -> bool:
+        """Whether the learning curve has not come so far; a window of several updates may pass a mark."""
+        return not self.steps or self.steps[-1] < mark
 
     def resume(self) -> None:
         """Continue from the checkpoint, or from the beginning where none was saved yet."""
@@ -92,37 +114,73 @@ class _Session:
         if saved is not None:
             self.agent.load_state_dict(under("agent", saved))  # type: ignore[arg-type]
             self.steps, self.returns = saved["steps"].tolist(), list(saved["returns"].numpy())  # type: ignore[union-attr]
-        self.first = self.agent.steps
+            self.earned = saved["earned"]  # type: ignore[assignment]
+        self.first = self.logged = self.agent.steps
         self.run.rewind(self.first if saved else -1)
 
     def checkpoint(self) -> None:
         state = {f"agent/{k}": v for k, v in self.agent.state_dict().items()}
-        state |= {"steps": torch.tensor(self.steps), "returns": torch.as_tensor(np.stack(self.returns))}
+        returns = np.stack(self.returns) if self.returns else np.empty((0, self.args.seeds))
+        state |= {"steps": torch.tensor(self.steps), "returns": torch.as_tensor(returns), "earned": self.earned}
         self.run.save_checkpoint(state)
 
-    def log(self, done: int, metrics: dict[str, float]) -> dict[str, float | str]:
-        """Record one update after which each seed has taken `done` environment steps; returns what to show of it."""
+    def log(self, done: int, metrics: dict[str, float]) -> dict[str, float | str] | None:
+        """Record one update after which each seed has taken `done` environment steps; what to show of it, if anything.
+
+        A long run of short updates records means over several of them, `ROWS` in all.
+        """
+        self.unlogged.append(metrics)
+        last = self.logged + self.args.steps // ROWS
+        return self.flush(done) if done >= last else None
+
+    def flush(self, done: int) -> dict[str, float | str] | None:
+        """Record what was not yet, as means."""
+        if not self.unlogged:
+            return None
+        rows, self.unlogged, self.logged = self.unlogged, [], done
+        means = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            known = [row[name] for row in rows if math.isfinite(row.get(name, math.nan))]
+            means[name] = sum(known) / len(known) if known else math.nan
+        named = {k: v for k, v in means.items() if "/" in k}  # by whoever logs it
+        ours = sb3_tags({k: v for k, v in means.items() if k not in named})
         config = self.args.config
         rate = (done - self.first) * self.args.seeds / (time.perf_counter() - self.began)
-        passes = done // (config.n_steps * config.n_envs) * config.n_epochs  # over the data, as over there
-        self.run.log(done, {"time/fps": rate, "train/n_updates": passes} | sb3_tags(metrics))
-        return {"return": metrics["return"], "steps/s": round(rate)}
+        passes = done // self.agent.per_update * config.n_epochs  # over the data, as over there
+        self.run.log(done, {"time/fps": rate, "train/n_updates": passes} | ours | named)
+        shown = "reward" if self.agent.family.continuing else "return"
+        return {shown: means[shown], "steps/s": round(rate)}
 
     def evaluate(self) -> None:
-        """Add a point to the learning curve, and save it."""
-        scores = self.agent.evaluate(self.args.episodes)
+        """Add a point to the learning curve, and save it: returns of fresh episodes, or, where episodes do not end, the
+        reward per environment step since the last point."""
+        self.flush(self.agent.steps)
+        if self.agent.family.continuing:
+            since = self.steps[-1] if self.steps else 0
+            scores = (self.agent.lifetimes.earned - self.earned) / (self.agent.steps - since)
+            self.earned = self.agent.lifetimes.earned
+        else:
+            scores = self.agent.evaluate(self.args.episodes)
         self.steps.append(self.agent.steps)
         self.returns.append(scores.cpu().double().numpy())
         self.run.log(self.agent.steps, {"eval/mean_reward": float(scores.mean())})
         self.checkpoint()
 
+    def save_parts(self) -> None:
+        """Write what was learned online: a component file for each slot and seed."""
+        for slot in self.agent.learned:
+            for i in range(self.args.seeds):
+                told = {"env": self.env, "environment_steps": self.agent.steps, "seed": self.args.seed, "agent": i}
+                path = self.run.path / PARTS / f"{slot}-{i}{artifacts.SUFFIX}"
+                artifacts.save(self.agent.component(slot, i), path, told | {"version": __version__})
+
 
 def train(env: str, args: Train, command: list[str]) -> Path:
     """Train, evaluate along the way, write the report; returns its path."""
     session = _Session(env, args)  # before the folder: what cannot be built leaves none
-    method = Path(args.objective).stem if args.objective else (args.preset or "ppo")
+    method = args.label or session.method()
     out = args.out or default_folder("runs", f"{method}-{env.replace('/', '-')}", args.seed)
-    settings = {"env": env} | {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device")}
+    settings = {"env": env} | {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "label")}
     run = session.run = Run.create(out, command=command, config=settings, seed=args.seed, resume=args.resume)
     if args.resume:
         session.resume()
@@ -131,41 +189,46 @@ def train(env: str, args: Train, command: list[str]) -> Path:
 
         def save_if_interrupted() -> None:
             if interrupted():
+                session.flush(session.agent.steps)
                 session.checkpoint()
                 raise KeyboardInterrupt(run.path)
 
         def log(done: int, metrics: dict[str, float]) -> None:
-            progress.update(min(done, args.steps), **session.log(done, metrics))
+            if (fields := session.log(done, metrics)) is not None:
+                progress.update(min(done, args.steps), **fields)
             save_if_interrupted()
 
-        for mark in session.marks():
+        for mark in filter(session.ahead, session.marks()):
             session.agent.learn(mark, log, schedule=args.steps)
             session.evaluate()
             save_if_interrupted()
+    session.save_parts()
     curves = Curves(np.array(session.steps), np.stack(session.returns)[:, None])
-    append_scores(run.path / SCORES, env, method, curves, None)
+    suite = f"{env}, reward per step" if session.agent.family.continuing else env
+    append_scores(run.path / SCORES, suite, method, curves, None)
     return conclude(run.path, FIGURE)
 
 
 PRESETS = ("a2c",)
 
 
-def suited(env: str, words: Sequence[str]) -> Train:
+def suited(env: str, words: Sequence[str], estimator: str | None = None) -> Train:
     """Defaults of the options: the settings that suit the objective or the preset that the words name.
 
-    The settings decide what their own options' defaults are, so these two options are read first.
+    The settings decide what their own options' defaults are, so these options are read first.
     """
-    named = {}
-    for option in ("--objective", "--preset"):
-        for i, word in enumerate(words):
-            if word == option and i + 1 < len(words):
-                named[option] = words[i + 1]
-            elif word.startswith(f"{option}="):
-                named[option] = word.partition("=")[2]
-    if "--preset" in named:
-        if named["--preset"] not in PRESETS:
-            raise unknown("preset", named["--preset"], PRESETS)
-        return Train(config=PPOConfig.a2c())
+    options = ("--objective", "--preset", "--self-tune", *(f"--{slot}" for slot in SLOTS[1:]))
+    named = {option: early_option(option, "a value", words)[0] for option in options}
     space = make_family(env).observation_space
-    objective = artifacts.get(named["--objective"]) if "--objective" in named else None
-    return Train(config=PPOConfig.suited(objective if isinstance(objective, Objective) else None, space))
+    if named["--self-tune"] is not None:
+        named["--hyperparameters"] = named["--hyperparameters"] or "self_tuned"
+    parts = [components().get(named[f"--{slot}"] or "") for slot in SLOTS]
+    rates = [part.outer_rate for part in parts if part is not None and part.online]
+    outer = SelfTuningConfig.suited(space, estimator, min(rates, default=SelfTuningConfig.learning_rate))
+    if (preset := named["--preset"]) is not None:
+        if preset not in PRESETS:
+            raise unknown("preset", preset, PRESETS)
+        return Train(config=PPOConfig.a2c(), outer=outer)
+    objective = artifacts.get(named["--objective"]) if named["--objective"] else None
+    suits = PPOConfig.suited(objective if isinstance(objective, Objective) else None, space)
+    return Train(config=suits, outer=outer)

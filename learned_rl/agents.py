@@ -13,7 +13,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
 import torch
@@ -26,8 +27,13 @@ from learned_rl.distributions import Categorical, ClippedGaussian, Distribution,
 from learned_rl.spaces import Choice, searched
 from learned_rl.types import UserError
 
+if TYPE_CHECKING:
+    from learned_rl.component import Hyper
+
 Weights = Mapping[str, Tensor]
 Activation = Literal["tanh", "relu"]
+CONDITION = "condition"  # the weight that holds the numbers which a network is told: the last of them
+EMBEDDING = 16  # units of their embedding
 LARGE = 1 << 15  # numbers above which a cheaper formula is worth an autograd node of its own
 
 
@@ -118,13 +124,20 @@ class Agent(ABC):
         policy: the policy head.
         heads:  name -> size of the extra heads.
         value:  whether there is a value head.
+        conditions: names of the numbers of the update that the network is told; its weight "condition" holds them.
         obs_dim: number of axes of one observation, by which [P, B, ...] is told from [T, P, B, ...].
     """
 
     shapes: dict[str, tuple[int, ...]]
+    conditions: tuple[str, ...] = ()
 
     def __init__(self, policy: PolicyHead, heads: Mapping[str, int], value: bool, obs_dim: int) -> None:
         self.policy, self.heads, self.value, self.obs_dim = policy, dict(heads), value, obs_dim
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers in order: a weight and its bias are one."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.shapes if name != CONDITION))
 
     @abstractmethod
     def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -180,6 +193,8 @@ class MLPAgent(Agent):
         shape:  of one observation; it is flattened.
         hidden: widths of the hidden layers.
         shared: one trunk for policy and value instead.
+        conditions: numbers of the update that the trunks are told beside the features, through one linear embedding
+                (Xu et al., 2018, arXiv:1805.09801, section 1.4). They are a weight that no gradient reaches.
     """
 
     def __init__(
@@ -191,28 +206,34 @@ class MLPAgent(Agent):
         hidden: Sequence[int] = (64, 64),
         activation: Activation = "tanh",
         shared: bool = False,
+        conditions: tuple[str, ...] = (),
     ) -> None:
         super().__init__(policy, heads, value, len(shape))
+        self.conditions = conditions
         shared = shared or not (policy.size or heads)  # an agent that only values needs one trunk
         self.activation, self.depth, self.shared = _ACTIVATIONS[activation], len(hidden), shared
-        sizes = [math.prod(shape), *hidden]
-        self.layers: dict[str, tuple[int, int, float]] = {}  # name -> (in, out, gain)
+        sizes = [math.prod(shape) + (EMBEDDING if conditions else 0), *hidden]
+        self.linear: dict[str, tuple[int, int, float]] = {}  # name -> (in, out, gain)
+        if conditions:
+            self.linear["embedding"] = (len(conditions), EMBEDDING, 1.0)
         for trunk in ["trunk"] if shared or not value else ["trunk", "value_trunk"]:
             for i in range(self.depth):
-                self.layers[f"{trunk}{i}"] = (sizes[i], sizes[i + 1], math.sqrt(2))
-        self.layers["policy"] = (sizes[-1], policy.size, 0.01)
-        self.layers |= {f"head_{k}": (sizes[-1], size, 0.01) for k, size in self.heads.items()}
+                self.linear[f"{trunk}{i}"] = (sizes[i], sizes[i + 1], math.sqrt(2))
+        self.linear["policy"] = (sizes[-1], policy.size, 0.01)
+        self.linear |= {f"head_{k}": (sizes[-1], size, 0.01) for k, size in self.heads.items()}
         if value:
-            self.layers["value"] = (sizes[-1], 1, 1.0)
+            self.linear["value"] = (sizes[-1], 1, 1.0)
         self.shapes = {}
-        for name, (n_in, n_out, _) in self.layers.items():
+        for name, (n_in, n_out, _) in self.linear.items():
             self.shapes |= {f"{name}.weight": (n_in, n_out), f"{name}.bias": (n_out,)}
         if policy.continuous:
             self.shapes["log_std"] = (policy.size,)
+        if conditions:
+            self.shapes[CONDITION] = (len(conditions),)
 
     def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
         weights = {name: torch.zeros(shape) for name, shape in self.shapes.items()}
-        for name, (n_in, n_out, gain) in self.layers.items():
+        for name, (n_in, n_out, gain) in self.linear.items():
             weights[f"{name}.weight"] = _orthogonal(n_in, n_out, gain, generator)
         return weights
 
@@ -220,6 +241,10 @@ class MLPAgent(Agent):
         return self._from_features(w, obs.flatten(2), policy_only)
 
     def _from_features(self, w: Weights, features: Tensor, policy_only: bool) -> AgentOutput:
+        if self.conditions:
+            told = w[CONDITION].detach().unsqueeze(1)  # stop: it is told, not learned
+            embedded = _linear(w, "embedding", told).expand(-1, features.shape[1], -1)
+            features = torch.cat([features, embedded], -1)
         x = self._trunk(w, "trunk", features)
         numbers = _linear(w, "policy", x)
         if policy_only:
@@ -251,11 +276,13 @@ class ConvAgent(MLPAgent):
         channels: int = 16,
         hidden: Sequence[int] = (128,),
         activation: Activation = "relu",
+        conditions: tuple[str, ...] = (),
     ) -> None:
         c, h, w = planes
         if min(h, w) < 3:
             raise UserError(f"A convolution of 3x3 does not fit planes of {h}x{w}: use the 'mlp' agent.")
-        super().__init__((channels, h - 2, w - 2), policy, heads, value, hidden, activation, shared=True)
+        sizes = (channels, h - 2, w - 2)
+        super().__init__(sizes, policy, heads, value, hidden, activation, shared=True, conditions=conditions)
         self.planes, self.channels = planes, channels
         self.shapes = {"conv.weight": (channels, c, 3, 3), "conv.bias": (channels,), **self.shapes}
 
@@ -347,8 +374,12 @@ def make_agent(
     action_space: gymnasium.Space | None,
     heads: Mapping[str, int] | None = None,
     value: bool = True,
+    conditions: tuple[str, ...] = (),
 ) -> Agent:
     """The agent that `config` describes for these spaces; without actions (None) it only values.
+
+    Args:
+        conditions: names of the numbers of the update that its network is told.
 
     Raises:
         UserError: the architecture does not take such observations, or the action space is of another kind.
@@ -362,11 +393,15 @@ def make_agent(
     if (kind == "tabular") != discrete or (kind == "conv" and not planes) or shape is None:
         raise UserError(f"A {kind!r} agent does not take observations of {observation_space}: try kind='auto'.")
     if isinstance(observation_space, Discrete):
+        if conditions:
+            raise UserError(
+                f"A tabular agent cannot be told {', '.join(conditions)}: expected vectors or images to see."
+            )
         return TabularAgent(int(observation_space.n), policy, heads, value)
     if kind == "conv":
         hidden, planes_shape = config.hidden, (shape[0], shape[1], shape[2])
-        return ConvAgent(planes_shape, policy, heads, value, config.channels, hidden, config.activation)
-    return MLPAgent(shape, policy, heads, value, config.hidden, config.activation, config.shared)
+        return ConvAgent(planes_shape, policy, heads, value, config.channels, hidden, config.activation, conditions)
+    return MLPAgent(shape, policy, heads, value, config.hidden, config.activation, config.shared, conditions)
 
 
 class Population(nn.Module):
@@ -381,6 +416,23 @@ class Population(nn.Module):
         self.agent = agent
         self.sizes = [math.prod(shape) for shape in agent.shapes.values()]
         self.theta = nn.Parameter(torch.zeros(lifetimes, sum(self.sizes), dtype=dtype))
+
+    @cached_property
+    def layer(self) -> Tensor:
+        """[D] which of the agent's layers each column of theta belongs to."""
+        index = {name: i for i, name in enumerate(self.agent.layers)}
+        own = [index.get(name.rpartition(".")[0] or name, 0) for name in self.agent.shapes]
+        sizes = torch.tensor(self.sizes, device=self.theta.device)
+        return torch.tensor(own, device=self.theta.device).repeat_interleave(sizes)
+
+    def told(self, theta: Tensor, hyper: Hyper) -> Tensor:
+        """Theta `[P, D]` with the numbers of the update in the place of those that its agents were told; the same
+        where they are told none."""
+        if not (names := self.agent.conditions):
+            return theta
+        # stop: they are told, not learned
+        numbers = [torch.as_tensor(getattr(hyper, k)).detach().to(theta).flatten().expand(len(theta)) for k in names]
+        return torch.cat([theta[:, : -len(names)], torch.stack(numbers, 1)], 1)
 
     def initial(self, generator: torch.Generator) -> Tensor:
         """One fresh row of theta, `[D]`."""

@@ -42,7 +42,9 @@ LEARNABLE = {"learnable": True}
 
 @dataclass(frozen=True)
 class Hyper:
-    """The numbers of one update. Each is a float for all lifetimes or a tensor [P, 1] with one for each."""
+    """The numbers of one update. Each is a float for all lifetimes or a tensor [P, 1] with one for each; the learning
+    rate may also be [P, L], one for each layer of the agents, and what returns are made with (gamma, gae_lambda,
+    vtrace_alpha) [T, P, B], one for each step."""
 
     learning_rate: Scalar = field(default=3e-4, metadata=LEARNABLE | searched(LogUniform(3e-5, 3e-2)))
     """step size of the agent's update rule"""
@@ -50,12 +52,16 @@ class Hyper:
     """discount per environment step"""
     gae_lambda: Scalar = field(default=0.95, metadata=LEARNABLE | searched(LogOneMinus(1e-3, 1.0)))
     """trace decay of the advantage per environment step"""
+    vtrace_alpha: Scalar = field(default=1.0, metadata=LEARNABLE)
+    """importance weights of V-trace, from plain (0) to clipped at 1 (1)"""
     clip_range: Scalar = field(default=0.2, metadata=LEARNABLE | searched(LogUniform(0.05, 0.5)))
     """how far the probability ratio may move from 1"""
     clip_range_vf: Scalar | None = field(default=None, metadata=LEARNABLE)
     """how far the value may move in one update, in units of return; None: freely"""
     ent_coef: Scalar = field(default=0.0, metadata=LEARNABLE | searched(LogUniform(1e-5, 0.1)))
     """weight of the policy's entropy (nats) in the loss"""
+    pg_coef: Scalar = field(default=1.0, metadata=LEARNABLE)
+    """weight of the policy's loss"""
     vf_coef: Scalar = field(default=0.5, metadata=LEARNABLE | searched(LogUniform(0.05, 2.0)))
     """weight of the value loss"""
     prediction_coef: Scalar = field(default=0.5, metadata=LEARNABLE | searched(LogUniform(0.05, 2.0)))
@@ -66,10 +72,11 @@ class Hyper:
     """bound on the norm of one agent's gradient; inf: none"""
 
     def __post_init__(self) -> None:
-        names = ("learning_rate", "gamma", "gae_lambda", "clip_range", "clip_range_vf", "max_grad_norm")
+        at_most_one = ("gamma", "gae_lambda", "vtrace_alpha")
+        names = ("learning_rate", *at_most_one, "clip_range", "clip_range_vf", "max_grad_norm")
         numbers = {k: v for k in names if isinstance(v := getattr(self, k), float | int)}
         at_least(0, **numbers)
-        for name in ("gamma", "gae_lambda"):
+        for name in at_most_one:
             if numbers.get(name, 0) > 1:
                 raise UserError(f"{name} is {numbers[name]}: expected at most 1.")
 
@@ -106,11 +113,15 @@ class Component(nn.Module):
         name:     under which it is registered and saved.
         contract: version of what it reads and returns; raised whenever saved weights would change their meaning.
         config:   a frozen dataclass of plain values that rebuilds it.
+        online:   whether it is made to be learned in the same lifetime as the agent.
+        outer_rate: outer learning rate that suits it there.
     """
 
     slot: ClassVar[str]
     name: ClassVar[str]
     contract: ClassVar[int] = 1
+    online: ClassVar[bool] = False
+    outer_rate: ClassVar[float] = 1e-3
     Config: ClassVar[Any]
     config: Any
 
@@ -133,6 +144,19 @@ class Component(nn.Module):
         self.config = self.Config() if config is None else config
         #: what its file says about its training (`learned_rl.artifacts`); empty for a fresh component
         self.provenance: dict[str, Any] = {}
+
+    def fit(self, observation_space: gymnasium.Space, action_space: gymnasium.Space, layers: tuple[str, ...]) -> None:
+        """Take the size that these agents ask for, if any of its parameters depends on it; once, in place.
+
+        A component that does so keeps the size in its config (None before), so that the config still rebuilds it.
+
+        Args:
+            layers: names of the agents' layers, in order.
+
+        Raises:
+            UserError: it was made for other spaces or layers.
+        """
+        return
 
     def initial_memory(self, lifetimes: int) -> Tree:
         """What a fresh lifetime carries: name -> [P, ...]; restarts with it."""
@@ -165,6 +189,8 @@ class Objective(Component):
     whole_rollouts: ClassVar[bool] = False
     #: names of the terms that `agent_regularisers` and `target_regularisers` return
     regularisers: ClassVar[tuple[str, ...]] = ()
+    #: names of numbers that it reads but by which its gradient has no derivative
+    insensitive: tuple[str, ...] = ()
     #: whether the outer gradient passes through what `prepare` reads from `out` (else `prepare` detaches it)
     differentiates_inputs: bool = False
 
@@ -227,6 +253,10 @@ class Hyperparameters(Component):
     """The numbers of an update, as a function of where the lifetime stands."""
 
     slot = "hyperparameters"
+    #: names of the numbers that it sets otherwise than configured
+    tuned: tuple[str, ...] = ()
+    #: names of the numbers that the agents' networks are told
+    conditions: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, base: Hyper, trajectory: Trajectory, context: Context) -> tuple[Hyper, Tree]:
@@ -239,8 +269,15 @@ class Auxiliary(Component):
     slot = "auxiliary"
 
     @abstractmethod
-    def prepare(self, trajectory: Trajectory, out: AgentOutput, context: Context) -> Batch:
-        """Targets, name -> [T, P, B, ...]; names must not clash with the objective's."""
+    def prepare(
+        self, trajectory: Trajectory, out: AgentOutput, next_heads: dict[str, Tensor], hyper: Hyper, context: Context
+    ) -> Batch:
+        """Targets, name -> [T, P, B, ...]; names must not clash with the objective's.
+
+        Args:
+            out:        [T+1, P, B] outputs at the parameters that acted.
+            next_heads: name -> [T, P, B, size], what its heads say of the state each step led to.
+        """
 
     @abstractmethod
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> Tensor:

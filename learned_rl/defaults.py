@@ -39,13 +39,15 @@ class PPOClipConfig:
 class PPOClip(Objective):
     """PPO's clipped surrogate (eq. 7 and 9), with optional value clipping.
 
-        L = -mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + vf_coef mean((V - G)^2) - ent_coef mean(H)
+        L = -pg_coef mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + vf_coef mean((V - G)^2) - ent_coef mean(H)
 
     With one epoch and one minibatch r is 1, and this is the advantage actor-critic (A2C; Mnih et al., 2016).
     """
 
     name: ClassVar[str] = "ppo_clip"
     Config: ClassVar[Any] = PPOClipConfig
+    #: a hard bound decides which samples count, and nothing else
+    insensitive: tuple[str, ...] = ("clip_range", "clip_range_vf")
 
     def prepare(
         self, trajectory: Trajectory, out: AgentOutput, next_value: Tensor | None, hyper: Hyper, context: Context
@@ -66,7 +68,7 @@ class PPOClip(Objective):
         policy_loss = lifetime_mean(self.policy_loss(ratio, log_ratio, advantage, hyper))
         value_loss = lifetime_mean(self.value_loss(out.value, batch, hyper))
         entropy = lifetime_mean(out.policy.entropy())
-        loss = policy_loss + _row(hyper.vf_coef) * value_loss - _row(hyper.ent_coef) * entropy
+        loss = _row(hyper.pg_coef) * policy_loss + _row(hyper.vf_coef) * value_loss - _row(hyper.ent_coef) * entropy
         with torch.no_grad():
             metrics = {
                 "policy_gradient_loss": policy_loss,
@@ -79,24 +81,31 @@ class PPOClip(Objective):
 
     def policy_loss(self, ratio: Tensor, log_ratio: Tensor, advantage: Tensor, hyper: Hyper) -> Tensor:
         """Unreduced loss of the policy, of the shape of `ratio`."""
-        low, high = 1 - hyper.clip_range, 1 + hyper.clip_range
-        return -torch.minimum(ratio * advantage, _clamp(ratio, low, high) * advantage)
+        return -torch.minimum(ratio * advantage, (1 + self.clip(ratio - 1, hyper.clip_range)) * advantage)
+
+    def clip(self, x: Tensor, bound: float | Tensor) -> Tensor:
+        """x within bound of 0."""
+        return _clamp(x, -bound, bound)
 
     def value_loss(self, value: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
         """Unreduced squared error, of the shape of `value`."""
         error = (value - batch["returns"]).square()
         if hyper.clip_range_vf is None:
             return error
-        near = batch["value"] + _clamp(value - batch["value"], -hyper.clip_range_vf, hyper.clip_range_vf)
+        near = batch["value"] + self.clip(value - batch["value"], hyper.clip_range_vf)
         return torch.maximum(error, (near - batch["returns"]).square())
 
 
-def normalise(x: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1 within each lifetime of a minibatch [P, n] or of a rollout [T, P, B]."""
+def normalise(x: Tensor, constant: bool = False) -> Tensor:
+    """Mean 0 and standard deviation 1 within each lifetime of a minibatch [P, n] or of a rollout [T, P, B].
+
+    Args:
+        constant: whether what is taken off and divided by is a constant of every gradient.
+    """
     axes = (-1,) if x.dim() == 2 else (0, 2)
     if all(x.shape[i] == 1 for i in axes):
         return x  # one number a lifetime has no spread
-    std, mean = torch.std_mean(x, axes, keepdim=True)
+    std, mean = torch.std_mean(x.detach() if constant else x, axes, keepdim=True)  # stop: as asked
     return (x - mean) / (std + 1e-8)
 
 
@@ -143,7 +152,9 @@ class NoAuxiliary(Auxiliary):
 
     name, Config = "none", NoConfig
 
-    def prepare(self, trajectory: Trajectory, out: AgentOutput, context: Context) -> Batch:
+    def prepare(
+        self, trajectory: Trajectory, out: AgentOutput, next_heads: dict[str, Tensor], hyper: Hyper, context: Context
+    ) -> Batch:
         return {}
 
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> Tensor:

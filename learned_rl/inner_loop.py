@@ -48,13 +48,19 @@ class Inner(ABC):
         """One step on the losses `[P]` (each lifetime descends its own); only where `active [P]`, if given."""
 
     @abstractmethod
+    def tell(self, hyper: Hyper) -> None:
+        """Let the agents know the numbers of the update, as far as their networks are told any."""
+
+    @abstractmethod
     def branch(self) -> None:
         """Make what was computed so far a constant of the next inner gradient (but not of the outer one)."""
 
     def move(self, grad: Tensor, theta: Tensor, hyper: Hyper, active: Tensor | None = None) -> tuple[Tensor, Tree]:
         """The step to add to theta, and the new state, from the gradient `[P, D]`; out of place."""
-        clipped = clip_norm(grad, hyper.max_grad_norm)
-        step, state = self.rule.update(clipped, self.state, theta, hyper.learning_rate)
+        clipped, rate = clip_norm(grad, hyper.max_grad_norm), hyper.learning_rate
+        if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1:  # one for each layer
+            rate = rate[:, self.population.layer]
+        step, state = self.rule.update(clipped, self.state, theta, rate)
         if active is not None:
             step = select_rows(active, step, torch.zeros_like(step))
             state = {k: select_rows(active, v, self.state[k]) for k, v in state.items()}
@@ -82,6 +88,11 @@ class PlainInner(Inner):
     def agent(self, obs: Tensor) -> AgentOutput:
         return self.population.bind(self._theta)(obs)
 
+    def tell(self, hyper: Hyper) -> None:
+        if self.population.agent.conditions:
+            with torch.no_grad():
+                self._theta.copy_(self.population.told(self._theta, hyper))
+
     def branch(self) -> None:
         """Nothing to do: without an outer gradient, what was computed is simply detached."""
 
@@ -107,8 +118,7 @@ class GraphInner(Inner):
         self._fast = higher.monkeypatch(population, copy_initial_weights=True)
         if theta is not None:
             # stop: constants have no graph to go on; the inner gradient needs a leaf
-            self._fast.update_params([theta if theta.requires_grad else theta.detach().requires_grad_()])
-            del self._fast._fast_params[:-1]
+            self._replace(theta if theta.requires_grad else theta.detach().requires_grad_())
         torch_side = RuleOptimizer([population.theta], rule, rows=True)
         self._optimizer = _HigherRule(torch_side, [population.theta], fmodel=self._fast)
         # Weak, since a cycle would keep the window's tensors until Python happens to look for cycles.
@@ -127,8 +137,15 @@ class GraphInner(Inner):
         # `higher` keeps every version of the parameters; the graph holds those that it needs.
         del self._fast._fast_params[:-1]
 
+    def tell(self, hyper: Hyper) -> None:
+        if self.population.agent.conditions:
+            self._replace(self.population.told(self.theta, hyper))
+
     def branch(self) -> None:
-        self._fast.update_params([self.theta.view_as(self.theta)])
+        self._replace(self.theta.view_as(self.theta))
+
+    def _replace(self, theta: Tensor) -> None:
+        self._fast.update_params([theta])
         del self._fast._fast_params[:-1]
 
     def carry(self) -> tuple[Tensor, Tree]:

@@ -154,12 +154,12 @@ class Lifetimes:
         self.device, self.dtype = torch.device(device), dtype
         self.streams = Streams.of(streams, lifetimes).to(self.device)
         self._stream = self.streams.index.tolist()  # of each lifetime
-        for _, component in algorithm.slots.items():
-            component.to(self.device)
         if tasks is not None and (given := len(next(iter(tasks.values())))) != lifetimes:
             raise UserError(f"{given} tasks were given for {lifetimes} lifetimes: expected one for each.")
         self.fixed_tasks = tasks is not None
-        agent = algorithm.make_agent(family.observation_space, family.action_space)
+        agent = algorithm.fit(family.observation_space, family.action_space)
+        for _, component in algorithm.slots.items():
+            component.to(self.device)
         self.population = Population(agent, lifetimes, dtype).to(device)
         # stop: initial state
         self.optimizer_state = algorithm.slots.optimizer.initial_state(self.population.theta.detach())
@@ -169,11 +169,13 @@ class Lifetimes:
         self.horizon_range = horizon if isinstance(horizon, tuple) else (horizon, horizon)
         self.life = torch.zeros(lifetimes, dtype=torch.int64)
         self.generator = torch.Generator(self.device).manual_seed(stream_seed("policy", split, seed))
+        self._shuffles = stream("minibatches", split, seed)
         tasks = tasks if tasks is not None else self._draw_tasks(range(lifetimes))
         env_seed = stream_seed("environment", split, seed) % 2**31
         shared = {} if self.streams.whole else {"streams": self.streams}  # a family that knows none of them will do
         self.env = family.make(tasks, algorithm.config.n_envs, env_seed, device, **shared)
         self.obs = self._shaped(self.env.reset(seed=env_seed)[0])
+        self.earned = torch.zeros(lifetimes, dtype=torch.float64, device=device)
         self.episodes = EpisodeTracker(lifetimes, algorithm.config.n_envs, device, dtype)
         for p in range(lifetimes):
             self._fresh_agent(p)
@@ -197,14 +199,20 @@ class Lifetimes:
         steps = steps or self.algorithm.config.n_steps
         trajectory = rollout(policy, self.env, self.obs, steps, self.generator, streams=self.streams)
         self.obs = trajectory.obs[-1]
+        self.earned = self.earned + trajectory.reward.double().sum((0, 2))
         return trajectory if self.dtype == torch.float32 else _cast(trajectory, self.dtype)
+
+    def shuffle(self) -> int:
+        """A fresh seed for the minibatches of one update."""
+        return int(torch.randint(2**31, (), generator=self._shuffles))
 
     def advance(self, inner: Inner, trajectory: Trajectory | None = None) -> tuple[UpdateRecord, Episodes]:
         """One agent update of every lifetime, on fresh experience unless some is given."""
         fresh = trajectory is None
         trajectory = self.collect(inner) if trajectory is None else trajectory
         context = Context(self.age, self.horizon, self.memory)
-        record = self.algorithm.update(inner, trajectory, context, self.hyper, self.generator)
+        generator = torch.Generator(self.device).manual_seed(self.shuffle())
+        record = self.algorithm.update(inner, trajectory, context, self.hyper, generator)
         self.memory = record.memory
         if not inner.graph:
             self.optimizer_state = inner.state
@@ -245,6 +253,7 @@ class Lifetimes:
         fresh_memory = {k: v.to(self.device) for k, v in self.algorithm.initial_memory(len(self)).items()}
         self.memory = {k: torch.where(_rows(which, v), fresh_memory[k], v) for k, v in self.memory.items()}
         self.age = torch.where(which, torch.zeros_like(self.age), self.age)
+        self.earned = torch.where(which, torch.zeros_like(self.earned), self.earned)
         for p in index.tolist():
             self._fresh_agent(p)
             self.episodes.reset(p)
@@ -266,8 +275,9 @@ class Lifetimes:
         which = (self.split, self.seed, self._stream[p], int(self.life[p]))
         uniform = torch.rand((), generator=stream("horizon", *which)).item()
         self.horizon[p] = round(math.exp(low + (high - low) * uniform))
-        row = self.population.initial(stream("agent", *which))
-        self.population.theta[p] = row.to(self.device)
+        row = self.population.initial(stream("agent", *which)).to(self.device)
+        own = {k: v[p : p + 1] for k, v in vars(self.hyper).items() if isinstance(v, Tensor)}
+        self.population.theta[p] = self.population.told(row.unsqueeze(0), self.hyper.replace(**own))
         fresh = self.algorithm.slots.optimizer.initial_state(self.population.theta[p : p + 1])
         for name, value in fresh.items():
             self.optimizer_state[name] = self.optimizer_state[name].clone()
@@ -321,7 +331,9 @@ class Lifetimes:
         """
         # stop: saved values
         named = {"theta": self.population.theta.detach(), "obs": self.obs, "age": self.age, "life": self.life}
+        named |= {"earned": self.earned}
         named |= {"horizon": self.horizon, "running": self.episodes.running, "generator": self.generator.get_state()}
+        named |= {"shuffle_generator": self._shuffles.get_state()}
         named |= {f"hyper/{k}": v for k, v in vars(self.hyper).items() if isinstance(v, Tensor)}
         for prefix, tree in (
             ("optimizer", self.optimizer_state),
@@ -344,7 +356,9 @@ class Lifetimes:
         self.population.theta.copy_(state["theta"])
         self.obs, self.age, self.horizon = state["obs"], state["age"], state["horizon"]
         self.life, self.episodes.running = state["life"].cpu(), state["running"]
+        self.earned = state["earned"]
         self.generator.set_state(state["generator"])
+        self._shuffles.set_state(state["shuffle_generator"])
         self.hyper = self.hyper.replace(**under("hyper", state))
         self.optimizer_state, self.memory = under("optimizer", state), under("memory", state)
         begun_anew = self.env.load_state_dict(under("env", state))

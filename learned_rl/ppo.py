@@ -154,6 +154,7 @@ class UpdateRecord:
         out:        [T+1, P, B] outputs at the parameters that acted, with their graph inside a window.
         batch:      the objective's targets [T, P, B, ...].
         memory:     what the components carry on, "slot/name" -> [P, ...].
+        hyper:      the numbers of the update, from the hyperparameter slot.
         alive:      [P] bool: parameters and rewards were finite.
         metrics:    name -> [P], averaged over the gradient steps.
     """
@@ -162,6 +163,7 @@ class UpdateRecord:
     out: AgentOutput
     batch: Batch
     memory: Tree
+    hyper: Hyper
     alive: Tensor
     metrics: Metrics
 
@@ -194,9 +196,23 @@ class Algorithm:
                 if heads.setdefault(name, size) != size:
                     raise UserError(f"Head {name!r} of the {slot} slot has {size} outputs elsewhere {heads[name]}.")
         value = self.slots.objective.needs_value
-        if self.agent_factory is not None:
-            return self.agent_factory(observation_space, action_space, heads, value)
-        return make_agent(self.config.agent, observation_space, action_space, heads, value)
+        conditions = self.slots.hyperparameters.conditions
+        if self.agent_factory is None:
+            return make_agent(self.config.agent, observation_space, action_space, heads, value, conditions)
+        if conditions:
+            raise UserError(f"Agents must be told {', '.join(conditions)}: expected a configured architecture.")
+        return self.agent_factory(observation_space, action_space, heads, value)
+
+    def fit(self, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Agent:
+        """The agent, after the components have taken the size that it asks for.
+
+        Raises:
+            UserError: a component that was made for other agents.
+        """
+        agent = self.make_agent(observation_space, action_space)
+        for _, component in self.slots.items():
+            component.fit(observation_space, action_space, agent.layers)
+        return agent
 
     def initial_memory(self, lifetimes: int) -> Tree:
         """What P fresh lifetimes carry: "slot/name" -> [P, ...]."""
@@ -218,15 +234,17 @@ class Algorithm:
         collected = trajectory
         with torch.set_grad_enabled(inner.graph):
             trajectory, hyper, memory, alive = self._ask(inner, collected, context, hyper)
+        inner.tell(hyper)
         whole, healthy = c.n_minibatches == 1, bool(alive.all())
         with torch.set_grad_enabled(whole or inner.graph):
             out = _revive(inner.agent(trajectory.obs), alive, 1)
-        next_value = self._next_value(inner, trajectory, out, alive) if slots.objective.needs_value else None
+        next_value, next_heads = self._following(inner, trajectory, out, alive)
         own, linked = _of("objective", context), inner.graph and slots.objective.differentiates_inputs
         seen = out if linked else out.detach()  # stop: targets are constants of the inner gradient
         with torch.set_grad_enabled(inner.graph):
             batch, memory["objective"] = slots.objective.prepare(trajectory, seen, next_value, hyper, own)
-            batch = batch | slots.auxiliary.prepare(trajectory, seen, context)
+            own = _of("auxiliary", context)
+            batch = batch | slots.auxiliary.prepare(trajectory, seen, next_heads, hyper, own)
         if linked:
             inner.branch()
         batch = {k: shield(v, 1) for k, v in batch.items()}
@@ -253,7 +271,7 @@ class Algorithm:
             inner.step(loss, hyper, active)
             sums.append(metrics)
         flat = {f"{slot}/{k}": v for slot, tree in memory.items() for k, v in tree.items()}
-        return UpdateRecord(collected, out, batch, flat, alive, _average(sums))
+        return UpdateRecord(collected, out, batch, flat, hyper, alive, _average(sums))
 
     def _ask(
         self, inner: Inner, trajectory: Trajectory, context: Context, hyper: Hyper
@@ -262,24 +280,27 @@ class Algorithm:
         memory: dict[str, Tree] = {}
         slots = self.slots
         hyper, memory["hyperparameters"] = slots.hyperparameters(hyper, trajectory, _of("hyperparameters", context))
-        hyper = hyper.replace(**{k: shield(v, 0) for k, v in vars(hyper).items() if isinstance(v, Tensor)})
+        learned = {k: v for k, v in vars(hyper).items() if isinstance(v, Tensor)}
+        hyper = hyper.replace(**{k: shield(v, int(v.dim() == 3)) for k, v in learned.items()})
         reward, memory["reward"] = slots.reward(trajectory, _of("reward", context))
         alive = finite(inner.theta) & finite(trajectory.reward, 1)
         if not bool(alive.all()):
             reward = torch.where(alive[:, None], reward, torch.zeros_like(reward))
         return dataclasses.replace(trajectory, reward=shield(reward, 1)), hyper, memory, alive
 
-    def _next_value(self, inner: Inner, trajectory: Trajectory, out: AgentOutput, alive: Tensor) -> Tensor:
-        """[T, P, B] value of the state each step led to, at the present parameters."""
-
-        def value_of(obs: Tensor) -> Tensor:
-            with torch.set_grad_enabled(inner.graph):
-                value = _revive(inner.agent(obs), alive, 1).value
-            assert value is not None
-            return value
-
-        assert out.value is not None
-        return trajectory.next_value(out.value, value_of)
+    def _following(
+        self, inner: Inner, trajectory: Trajectory, out: AgentOutput, alive: Tensor
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Value [T, P, B] and heads [T, P, B, size] of the state each step led to, as far as a slot reads them."""
+        value = out.value if self.slots.objective.needs_value else None
+        # stop: an auxiliary loss knows its targets as constants
+        heads = {} if isinstance(self.slots.auxiliary, NoAuxiliary) else {k: v.detach() for k, v in out.heads.items()}
+        if trajectory.final_obs is None or (value is None and not heads):
+            return None if value is None else value[1:], {k: v[1:] for k, v in heads.items()}
+        with torch.set_grad_enabled(inner.graph):
+            final = _revive(inner.agent(trajectory.final_obs), alive, 1)
+        next_heads = {k: trajectory.following(v, final.heads[k].detach()) for k, v in heads.items()}  # stop: same
+        return None if value is None or final.value is None else trajectory.following(value, final.value), next_heads
 
     def _parts(
         self, inner: Inner, trajectory: Trajectory, rows: Batch, first: AgentOutput | None, generator: torch.Generator

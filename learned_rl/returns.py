@@ -1,8 +1,8 @@
-"""Returns and advantages as pure functions, differentiable in values, `gamma` and `gae_lambda`.
+"""Returns and advantages as pure functions, differentiable in values, `gamma`, `gae_lambda` and `alpha`.
 
 All of them read time-major tensors `[T, ...]` and one recursion, `x_t + c_t * y_{t+1}`, run backwards. `next_value[t]`
-is the value of the state that step `t` led to: of `final_obs[t]` where the episode was truncated there. `gamma` and
-`gae_lambda` are floats or tensors that broadcast against `[T, ...]` (per lifetime: `[P, 1]`).
+is the value of the state that step `t` led to: of `final_obs[t]` where the episode was truncated there. `gamma`,
+`gae_lambda` and `alpha` are floats or tensors that broadcast against `[T, ...]` (per lifetime: `[P, 1]`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 Scalar = float | Tensor
+LARGEST = 20.0  # bound on the log of an importance weight, which keeps it finite
 
 
 def backward_recursion(x: Tensor, c: Tensor) -> Tensor:
@@ -68,6 +69,12 @@ def lambda_returns(
     return gae(reward, value, next_value, terminated, truncated, gamma, gae_lambda) + value
 
 
+def leaky(log_ratio: Tensor, clip: float, alpha: Scalar) -> Tensor:
+    """(1 - alpha) w + alpha min(w, clip) of importance weights w = exp(log_ratio); those above e^20 count as e^20."""
+    ratio = log_ratio.detach().clamp(max=LARGEST).exp()  # stop: importance weights are constants of the data
+    return (1 - alpha) * ratio + alpha * ratio.clamp(max=clip)
+
+
 def vtrace(
     reward: Tensor,
     value: Tensor,
@@ -79,24 +86,32 @@ def vtrace(
     gae_lambda: Scalar = 1.0,
     rho_clip: float = 1.0,
     c_clip: float = 1.0,
+    alpha: Scalar = 1.0,
+    pg_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """V-trace (Espeholt et al., 2018, arXiv:1802.01561, eq. 1 and section 4.2).
+    """Leaky V-trace (Zahavy et al., 2020, arXiv:2002.12928); with alpha 1 V-trace (Espeholt et al., 2018,
+    arXiv:1802.01561, eq. 1 and section 4.2).
+
+    Every importance weight w is (1 - alpha) w + alpha min(w, clip). All that is returned is differentiable in `value`,
+    `next_value`, `gamma`, `gae_lambda` and `alpha`, which may also be [T, P, B], one for each step.
 
     Args:
         log_ratio: [T, P, B] log of target over behaviour probability of action[t], in nats; a constant.
         rho_clip, c_clip: truncation of the importance weights of the temporal difference and of the trace.
+        alpha:     from plain importance weights (0) to truncated ones (1).
+        pg_clip:   truncation of the importance weight of the policy gradient; None: rho_clip.
 
     Returns:
         target:    [T, P, B] values v_t.
-        advantage: [T, P, B] rho_t (r_t + gamma v_{t+1} - V(s_t)), the weight of the policy gradient.
+        advantage: [T, P, B] w_t (r_t + gamma (gae_lambda v_{t+1} + (1 - gae_lambda) V(s_{t+1})) - V(s_t)), the weight
+                   of the policy gradient; on-policy that of `gae`.
     """
-    ratio = log_ratio.exp().detach()  # stop: importance weights are constants of the data
-    rho, trace = ratio.clamp(max=rho_clip), ratio.clamp(max=c_clip)
     done = terminated | truncated
-    delta = rho * td_error(reward, value, next_value, terminated, gamma)
-    excess = backward_recursion(delta, gamma * gae_lambda * trace * ~done)
-    target = value + excess
+    delta = leaky(log_ratio, rho_clip, alpha) * td_error(reward, value, next_value, terminated, gamma)
+    trace = gae_lambda * leaky(log_ratio, c_clip, alpha)
+    target = value + backward_recursion(delta, gamma * trace * ~done)
     # Across an episode's end, and past the last row, the next target is the plain bootstrap value.
-    shifted = torch.cat([target[1:], next_value[-1:]])
-    next_target = torch.where(done, next_value, shifted)
-    return target, rho * td_error(reward, value, next_target, terminated, gamma)
+    next_target = torch.where(done, next_value, torch.cat([target[1:], next_value[-1:]]))
+    following = gae_lambda * next_target + (1 - gae_lambda) * next_value
+    weight = leaky(log_ratio, rho_clip if pg_clip is None else pg_clip, alpha)
+    return target, weight * td_error(reward, value, following, terminated, gamma)

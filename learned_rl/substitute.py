@@ -49,6 +49,8 @@ _DESCRIBED = (
     "whole_rollouts",
     "regularisers",
     "differentiates_inputs",
+    "tuned",
+    "conditions",
 )
 
 
@@ -166,7 +168,10 @@ def _each(x: Any, axis: Any, f: Callable[[Tensor, int], Tensor]) -> Any:
             return {k: _each(v, axis, f) for k, v in x.items()}
         case AgentOutput():
             return x.map(lambda y: f(y, axis))
-        case Trajectory() | Hyper() | Context():
+        case Hyper():  # numbers of a lifetime [P, 1], or of each step [T, P, B]
+            at = lambda v: 1 if isinstance(v, Tensor) and v.dim() == 3 else axis  # noqa: E731
+            return dataclasses.replace(x, **{k: _each(v, at(v), f) for k, v in vars(x).items()})
+        case Trajectory() | Context():
             return dataclasses.replace(x, **{k: _each(v, axis, f) for k, v in vars(x).items()})
     return x  # a number for all lifetimes, or None
 
@@ -226,8 +231,10 @@ class _Hyperparameters(_Substitute, Hyperparameters):
 
 
 class _Auxiliary(_Substitute, Auxiliary):
-    def prepare(self, trajectory: Trajectory, out: AgentOutput, context: Context) -> Batch:
-        return self._ask("prepare", (trajectory, out, context), (1, 1, 0), 1)
+    def prepare(
+        self, trajectory: Trajectory, out: AgentOutput, next_heads: dict[str, Tensor], hyper: Hyper, context: Context
+    ) -> Batch:
+        return self._ask("prepare", (trajectory, out, next_heads, hyper, context), (1, 1, 1, 0, 0), 1)
 
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> Tensor:
         return self._ask("loss", (out, batch, hyper), (_axis(out), _axis(out), 0), 0)

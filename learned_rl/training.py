@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from learned_rl.registry import make_family
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.types import Tasks, Tree, at_least
 
-Plug = Component | str | Path | None
+Plug = Component | str | Path | Callable[[], Component] | None
 #: Called after every update with the environment steps of one seed so far and what to log.
 Log = Callable[[int, dict[str, float]], None]
 
@@ -32,8 +33,8 @@ class PPO:
     Args:
         env:    a gymnasium id, `family/preset`, or a family.
         config: settings; None takes what suits the objective.
-        objective, reward, hyperparameters, auxiliary, optimizer: a component, a registered name, or a component file;
-                None is the hand-made default of the slot.
+        objective, reward, hyperparameters, auxiliary, optimizer: a component, a registered name, a component file, or
+                what makes a component when called; None is the hand-made default of the slot.
         agent:  makes another architecture than the configured one, such as `ModuleAgent` around any `nn.Module`.
         seeds:  agents that learn side by side, each on a task of its own from the family's training side.
         seed:   of the first one.
@@ -77,29 +78,38 @@ class PPO:
         self.steps = 0
         self._recent = [deque[tuple[float, float, float]]() for _ in range(seeds)]  # episodes, returns, lengths
 
-    def learn(self, total_steps: int, log: Log | None = None, schedule: int | None = None) -> PPO:
+    def learn(self, total_steps: int, log: Log | None = None, schedule: int | None = None) -> Self:
         """Train every seed until it has taken `total_steps` environment steps in all, as whole updates.
 
         Args:
             log:      called after every update.
             schedule: environment steps over which learning-rate schedules run; None: `total_steps`.
         """
-        per_update = self.config.n_steps * self.config.n_envs
-        self.lifetimes.horizon.fill_(math.ceil((schedule or total_steps) / per_update))
-        inner = self.lifetimes.plain()
+        self.lifetimes.horizon.fill_(math.ceil((schedule or total_steps) / self.per_update))
         while self.steps < total_steps:
-            record, ended = self.lifetimes.advance(inner)
-            self.steps += per_update
-            self._remember(ended)
+            before, earned = self.steps, self.lifetimes.earned
+            metrics = self._advance()
             if log is not None:
-                metrics = {k: v.nanmean().item() for k, v in record.metrics.items()}
                 metrics["return"], metrics["length"] = self.recent_episodes()
-                metrics["broken"] = float((~record.alive).sum())
-                log(self.steps, metrics)
+                rate = (self.lifetimes.earned - earned) / (self.steps - before)
+                log(self.steps, metrics | {"reward": rate.nanmean().item()})
         return self
 
+    @property
+    def per_update(self) -> int:
+        """Environment steps of one seed in one update."""
+        return self.config.n_steps * self.config.n_envs
+
+    def _advance(self) -> dict[str, float]:
+        """Go on by an update; what to log of it, averaged over seeds."""
+        record, ended = self.lifetimes.advance(self.lifetimes.plain())
+        self._remember(ended)
+        metrics = {k: v.nanmean().item() for k, v in record.metrics.items()}
+        return metrics | {"broken": float((~record.alive).sum())}
+
     def _remember(self, ended: Episodes) -> None:
-        """Keep, for each seed, the latest rollouts that hold its last `WINDOW` episodes."""
+        """Count a rollout, and keep, for each seed, the latest ones that hold its last `WINDOW` episodes."""
+        self.steps += self.per_update
         rows = torch.stack([ended.count.to(ended.returns), ended.returns, ended.lengths], 1).tolist()
         for kept, (count, returns, lengths) in zip(self._recent, rows, strict=True):
             if count:
@@ -136,4 +146,6 @@ class PPO:
 
 
 def _component(plug: Plug) -> Component | None:
-    return artifacts.get(plug) if isinstance(plug, str | Path) else plug
+    if plug is None or isinstance(plug, Component):
+        return plug
+    return artifacts.get(plug) if isinstance(plug, str | Path) else plug()

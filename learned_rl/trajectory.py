@@ -43,16 +43,24 @@ class Trajectory:
         """[T, P, B] bool: the episode ended at this step, for either reason."""
         return self.terminated | self.truncated
 
+    def following(self, x: Tensor, final: Tensor) -> Tensor:
+        """[T, P, B, ...] what is said of the state that each step led to: of its final observation where it was
+        truncated.
+
+        Args:
+            x:     [T+1, P, B, ...] of obs.
+            final: [T, P, B, ...] of final_obs.
+        """
+        return torch.where(self.truncated.view(*self.truncated.shape, *[1] * (x.dim() - 3)), final, x[1:])
+
     def next_value(self, value: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """[T, P, B] value of the state that each step led to: of its final observation where it was truncated.
+        """[T, P, B] value of the state that each step led to.
 
         Args:
             value:    [T+1, P, B] V(obs).
             value_of: V of other observations [T, P, B, ...]; called only where some step was truncated.
         """
-        if self.final_obs is None:
-            return value[1:]
-        return torch.where(self.truncated, value_of(self.final_obs), value[1:])
+        return value[1:] if self.final_obs is None else self.following(value, value_of(self.final_obs))
 
     @property
     def steps(self) -> int:

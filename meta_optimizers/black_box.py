@@ -88,7 +88,7 @@ class BlackBox(Stacked):
         metrics = seen(problem, outcome, costs, self.config.window)
         metrics["sigma"] = float(vars(strategy)["_sigma"])
         there = eta.unflatten(torch.as_tensor(strategy.mean).to(mean).unsqueeze(0))
-        return Estimate(None, ~outcome.alive, metrics, {k: v[0] - eta.values[k] for k, v in there.items()})
+        return Estimate(None, ~outcome.alive, metrics, move={k: v[0] - eta.values[k] for k, v in there.items()})
 
     def check(self, eta: Eta, lifetimes: int) -> None:
         """Whether this can be with so many lifetimes of all processes, before anything is run.

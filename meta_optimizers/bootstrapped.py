@@ -42,6 +42,8 @@ class BootstrappedConfig(UnrollConfig):
     """weight of the squared difference between values"""
     parameters: float = 0.0
     """weight of the squared distance between parameters"""
+    states: Literal["last", "ahead"] = "last"
+    """where policies and values are compared: on the target's last rollout, or, with less noise, on all ahead"""
     bare: bool = True
     """the target's last step descends the task's own term alone, without bonuses and regularisers, which the learner
     would chase"""
@@ -98,8 +100,9 @@ class Bootstrapped(TruncatedMetaGradient):
             window.end, window.pending = goes_on[self.config.continue_from]
         reached = finite(target["theta"])
         near = torch.where(reached.unsqueeze(1), target["theta"], end["theta"].detach())  # stop: part of the target
+        seen = data if self.config.states == "ahead" else data[-1:]
         for by, weight in self.config.matched.items():
-            distance = problem.match(end, target | {"theta": near}, data[-1], by)
+            distance = torch.stack([problem.match(end, target | {"theta": near}, each, by) for each in seen]).mean(0)
             window.loss = window.loss + weight * distance
             window.metrics[f"match_{by}"] = distance.detach()  # stop: to look at
         window.data += [*data, target]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from learned_rl.component import Metrics
 from learned_rl.tasks.base import check_choices
 from learned_rl.types import Tree
 from meta_optimizers.problem import Eta, Problem
@@ -24,16 +25,19 @@ class Estimate:
     """A direction and what was seen on the way.
 
     Attributes:
-        grads:   name -> gradient of the meta-loss, averaged over all lifetimes of all processes; None where no lifetime
-                 was finite.
+        grads:   name -> gradient of the meta-loss, averaged over all lifetimes of all processes; where every lifetime
+                 has meta-parameters of its own, name -> [P, ...] gradients of each one's meta-loss, zero for the
+                 broken ones. None where no lifetime was finite.
         broken:  [P] bool: lifetimes that were not finite and took no part.
         metrics: name -> number.
+        seen:    name -> [P], what `metrics` averages.
         move:    name -> what to add to eta instead of a gradient step, for methods that have their own.
     """
 
     grads: Tree | None
     broken: Tensor
     metrics: dict[str, float] = field(default_factory=dict)
+    seen: Metrics = field(default_factory=dict)
     move: Tree | None = None
 
 
@@ -50,7 +54,8 @@ class Estimator(ABC):
 
     Attributes:
         name:      as it is chosen.
-        stacked:   whether it runs lifetimes under meta-parameters of their own (evolution does).
+        stacked:   whether it runs lifetimes under meta-parameters that it perturbed (evolution does); others also
+                   serve where every lifetime has meta-parameters of its own.
         staggered: whether lifetimes should stand at all ages at once (else they begin and end together).
     """
 
@@ -65,7 +70,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def __call__(self, problem: Problem, eta: Eta) -> Estimate:
-        """Run the problem for a window, under meta-parameters `eta` (not stacked)."""
+        """Run the problem for a window, under meta-parameters `eta`."""
 
     @property
     @abstractmethod

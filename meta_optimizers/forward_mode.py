@@ -67,7 +67,7 @@ class ForwardMode(Estimator):
         Raises:
             UserError: eta has more numbers than `most`.
         """
-        if (m := sum(v.numel() for v in eta.tensors)) > self.config.most:
+        if (m := eta.flatten().shape[-1]) > self.config.most:
             raise UserError(
                 f"eta has {m} numbers: expected at most {self.config.most} for estimator {self.name!r}, which runs "
                 "every update once for each; reverse mode ('truncated', 'rematerialised') serves any number."
@@ -77,7 +77,7 @@ class ForwardMode(Estimator):
         """Run the problem for `every` updates."""
         self.check(eta, problem.lifetimes)
         flat, state = eta.flatten().detach(), problem.present()  # stop: directions are constants
-        m = len(flat)
+        m = flat.shape[-1]
         if not self.trace:
             self.trace = {k: v.new_zeros(m, *v.shape) for k, v in state.items() if v.is_floating_point()}
         basis = eta.unflatten(torch.eye(m, dtype=flat.dtype, device=flat.device))  # name -> [m, ...]
@@ -101,14 +101,14 @@ class ForwardMode(Estimator):
         count = group.sum(alive.sum())
         if not bool(count):
             return Estimate(None, ~alive, {"loss": float("nan")})
+        looked = mean([m.metrics for m in moves])
+        looked["trace"] = self.trace["theta"].transpose(0, 1).flatten(1).norm(dim=1)
         metrics = {"loss": (group.sum(torch.where(alive, loss, 0.0).sum()) / count).item()}
         if bool(alive.any()):
-            looked = mean([m.metrics for m in moves]) | {
-                "trace": self.trace["theta"].transpose(0, 1).flatten(1).norm(dim=1)
-            }
             metrics |= {k: v[alive].mean().item() for k, v in looked.items()}
-        total = group.sum(torch.where(alive[:, None], slopes, 0.0).sum(0))
-        return Estimate(_row(eta.unflatten((total / count)[None]), 0), ~alive, metrics)
+        known = torch.where(alive[:, None], slopes, 0.0)
+        slope = known if eta.stacked else group.sum(known.sum(0)) / count
+        return Estimate(eta.unflatten(slope), ~alive, metrics, looked)
 
     def begin(self, which: Tensor, elsewhere: bool = False) -> None:
         self.trace = {k: v.masked_fill(which.view(1, -1, *[1] * (v.dim() - 2)), 0.0) for k, v in self.trace.items()}
@@ -134,7 +134,7 @@ def _push(
 
     Args:
         trace:     name -> [P, ...], derivative of the state in that direction.
-        direction: name -> [...], like eta.
+        direction: name -> [...], like one set of eta.
 
     Returns:
         The update as constants, the derivative of the state after it, and that of loss + penalty [P].
@@ -143,8 +143,10 @@ def _push(
         # stop: neither what made the state nor eta is looked back at; the inner gradient needs a leaf
         dual = {k: v.detach().requires_grad_(k == "theta") for k, v in state.items()}
         dual |= {k: forward_ad.make_dual(dual[k], v) for k, v in trace.items()}
-        numbers = {k: forward_ad.make_dual(v.detach(), direction[k].to(v)) for k, v in eta.values.items()}  # stop: same
-        moved = problem.step(dual, data, Eta(numbers))
+        fixed = eta.map(torch.Tensor.detach)  # stop: same
+        along = {k: direction[k].to(v).expand_as(v) for k, v in fixed.values.items()}
+        numbers = {k: forward_ad.make_dual(v, along[k]) for k, v in fixed.values.items()}
+        moved = problem.step(dual, data, Eta(numbers, eta.stacked))
         slope = _tangent(moved.loss + moved.penalty)
         tangents = {k: _tangent(moved.state[k]) for k in trace}
     # stop: the graph of one update is all there ever is

@@ -2,9 +2,12 @@
 
 The outer loss of an agent on fresh experience is, as in Oh et al., 2020, arXiv:2007.08794, section 3.3,
 
-    l = -mean log pi(a|s) A - beta H(pi) + regularisers of the objective
+    l = -mean log pi(a|s) A - beta H(pi) + c mean (V(s) - G)^2 + k KL(pi || pi_0) + regularisers of the objective
 
-with A from the outer critic, which learns from the same experience and exists only here. Where data are judged by
+with A and G from the outer critic, which learns from the same experience and exists only here, and pi_0 the policy with
+which the window began. The last two terms are those of Zahavy et al., 2020, arXiv:2002.12928; both are off unless asked
+for. The numbers of this loss are those of `OuterLossConfig` and `OuterCriticConfig`, frozen: no learned number enters
+it. Where data are judged by
 another agent than the one that collected them, log pi becomes the ratio of probabilities. What evolution compares is
 not this surrogate but what the agents earn.
 """
@@ -18,25 +21,26 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from learned_rl.agents import AgentOutput
 from learned_rl.component import Component, Context, Metrics, finite, lifetime_mean
 from learned_rl.inner_loop import GraphInner, Inner, PlainInner
 from learned_rl.lifetimes import Episodes, Lifetimes, under
-from learned_rl.ppo import Algorithm, PPOConfig, Slots
+from learned_rl.ppo import Algorithm, Slots, UpdateRecord
 from learned_rl.spaces import LogUniform, searched
-from learned_rl.streams import Streams, join
+from learned_rl.streams import join
 from learned_rl.streams import part as part_of
 from learned_rl.substitute import substituted
-from learned_rl.tasks.base import TaskFamily, check_choices, unknown
+from learned_rl.tasks.base import check_choices, unknown
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import Tree, UserError, at_least, stream
-from meta_optimizers.agent_bandit import AgentBandit, AgentBanditConfig
+from learned_rl.types import Tree, UserError, at_least
+from meta_optimizers.agent_bandit import AgentBandit
 from meta_optimizers.group import Group
-from meta_optimizers.outer_critic import OuterCritic, OuterCriticConfig
+from meta_optimizers.outer_critic import OuterCritic, OuterCriticConfig, judged
 from meta_optimizers.problem import Eta, Match, Moved, Problem
 
+TUNED = "tuned"  # under which the numbers of an update are logged
 _RECORDED = tuple(f.name for f in dataclasses.fields(Trajectory))
 
 
@@ -48,6 +52,10 @@ class OuterLossConfig:
     """meta-steps in which that weight halves: early on it keeps policies from settling, later it blurs them"""
     regularisers: dict[str, float] = field(default_factory=dict)
     """weight of each of the objective's own regularisers; negative raises the quantity"""
+    value: float = 0.0
+    """weight of the squared error of the agent's own value"""
+    kl: float = 0.0
+    """weight of the divergence of the policy from the one with which the window began, in nats: a trust region"""
     fitness: Literal["return", "reward"] = "return"
     """what evolution compares and a score-function term is weighted by: the mean return of the episodes that ended, or,
     where none did, what the running ones have so far; or the mean reward per environment step"""
@@ -55,66 +63,60 @@ class OuterLossConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         at_least(1e-6, entropy_half_life=self.entropy_half_life)
+        at_least(0, value=self.value, kl=self.kl)
 
 
 class Learning(Problem):
-    """P lifetimes of one algorithm around a component, on the training side of a family.
+    """P lifetimes of one algorithm around components that are learned.
 
     One whose parameters or rewards are not finite is broken: its parameters are NaN until it begins anew.
 
     Args:
-        family:    where tasks come from.
-        component: the learned part; its parameters are not read, `step` is told them.
-        agent:     the agents' algorithm around it.
-        lifetimes: P of this process.
-        horizon:   agent updates in a lifetime; a pair draws each log-uniformly.
-        judged:    whether there is an outer critic, and `step` and `judge` say an outer loss (evolution needs none).
-        streams:   which random stream each lifetime draws from.
-        staggered: whether lifetimes stand at all ages; those of a `window` end with one.
+        lives:    the lifetimes of this process; their algorithm has the components in its slots.
+        learned:  the slots whose components are learned; their parameters, "slot.name", are not read: `step` is told
+                  them.
+        critic:   how the outer loss values states; None: there is no outer loss (evolution needs none).
+        bandit:   which step sizes lifetimes try; None: the configured one.
+        restarts: whether lifetimes that end begin anew; None of them ever does otherwise, not even a broken one.
+        together: whether all of them end at the same moment, so that a broken one waits for the others.
     """
 
     def __init__(
         self,
-        family: TaskFamily,
-        component: Component,
-        agent: PPOConfig,
-        lifetimes: int,
-        horizon: int | tuple[int, int],
+        lives: Lifetimes,
+        learned: Sequence[str],
         loss: OuterLossConfig,
-        critic: OuterCriticConfig,
-        bandit: AgentBanditConfig,
-        seed: int,
+        critic: OuterCriticConfig | None,
+        bandit: AgentBandit | None = None,
         *,
-        judged: bool = True,
-        streams: Streams | None = None,
-        staggered: bool = True,
-        window: int = 1,
+        restarts: bool = True,
+        together: bool = False,
         group: Group | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.component, self.config, self.group, self.lifetimes = component, loss, group or Group(), lifetimes
-        self.staggered, self.base = staggered, agent.hyper
-        self.algorithm = Algorithm(agent, Slots.fill(agent, **{component.slot: component}))
-        known = self.algorithm.slots.objective.regularisers
+        self.lives, self.algorithm, self.streams = lives, lives.algorithm, lives.streams
+        self.config, self.values, self.bandit = loss, critic, bandit
+        self.restarting, self.together, self.group, self.lifetimes = restarts, together, group or Group(), len(lives)
+        self.learned: dict[str, Component] = {s: c for s, c in self.algorithm.slots.items() if s in learned}
+        objective = self.algorithm.slots.objective
         for name in loss.regularisers:
-            if name not in known:
-                raise unknown(f"regulariser of {self.algorithm.slots.objective.name!r}", name, known)
-        self.streams = streams or Streams.apart(lifetimes)
-        self.lives = Lifetimes(
-            family, self.algorithm, lifetimes, horizon, seed, streams=self.streams, device=device, dtype=dtype
-        )
-        if staggered:
-            self.lives.stagger(window)
+            if name not in objective.regularisers:
+                raise unknown(f"regulariser of {objective.name!r}", name, objective.regularisers)
+        if (loss.value or (critic and critic.source == "agent")) and not objective.needs_value:
+            raise UserError(f"Agents of {objective.name!r} have no value: expected source 'own' and no value loss.")
         self.critic: OuterCritic | None = None
-        if judged:
-            self.critic = OuterCritic(critic, family, self.streams.index, seed, self.lives.device, dtype)
-        self.bandit = AgentBandit(bandit, agent.hyper, self.streams.total, stream("bandit", seed))
-        self._shuffles = stream("minibatches", seed)
+        if critic and critic.source != "agent":
+            self.critic = OuterCritic(
+                critic, lives.family, self.streams.index, lives.seed, lives.device, lives.population.theta.dtype
+            )
         self.environment_steps = self.restarts = self.broken = 0
         self._ended: list[Episodes] = []
         self._log: dict[str, float] = {}
         self._begin(torch.ones(self.streams.total, dtype=torch.bool))
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """ "slot.name" -> parameter of the learned components."""
+        return {f"{s}.{k}": p for s, c in self.learned.items() for k, p in c.named_parameters()}
 
     # --- what estimators ask -----------------------------------------------------------------------------------
 
@@ -122,6 +124,7 @@ class Learning(Problem):
         lives = self.lives
         # stop: where the next window begins
         state = {"theta": lives.population.theta.detach().clone(), "age": lives.age}
+        self._anchor = state["theta"]
         return state | _named("optimizer", lives.optimizer_state) | _named("memory", lives.memory)
 
     def collect(self, state: Tree) -> Tree:
@@ -132,14 +135,35 @@ class Learning(Problem):
         data = {k: v for k in _RECORDED if (v := getattr(trajectory, k)) is not None}
         if self.group.size > 1:  # what is carried of all processes can be joined only if it has the same entries
             data.setdefault("final_obs", data["obs"][1:])
-        data["shuffle"] = torch.randint(2**31, (1,), generator=self._shuffles)
+        data["shuffle"] = torch.tensor([self.lives.shuffle()])
         data["cost"] = -self._fitness(trajectory, ended)
-        if self.critic is not None:
-            data["advantage"], target = self.critic.judge(trajectory)
+        return data | self._valued(trajectory, state)
+
+    def _valued(self, trajectory: Trajectory, state: Tree) -> Tree:
+        """What the outer loss knows of experience, beside it: constants [T, P, B, ...]."""
+        if self.values is None:
+            return {}
+        known: Tree = {}
+        if self.critic is None:
+            agent = self.lives.population.bind(state["theta"].detach())  # stop: values are constants of the loss
+            known["advantage"], target = judged(trajectory, lambda obs: agent(obs).value, self.values)  # type: ignore[arg-type,return-value]
+        else:
+            known["advantage"], target = self.critic.judge(trajectory)
             with torch.enable_grad():
                 loss = self.critic.learn(trajectory, target)
             self._log["critic_loss"] = loss.nanmean().item()
-        return data
+        if self.config.value:
+            known["target"] = target
+        if self.config.kl:
+            with torch.no_grad():
+                anchor = self.lives.population.bind(self._anchor, policy_only=True)(trajectory.obs[:-1])
+            known |= {f"anchor{i}": x for i, x in enumerate(anchor.policy.params)}
+        return known
+
+    def take_episodes(self) -> list[Episodes]:
+        """Episodes that ended since the last call, of each collection."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def step(self, state: Tree, data: Tree, eta: Eta) -> Moved:
         """One update. A lifetime that is not finite, or does not come out of the update finite, leaves it as NaN."""
@@ -168,7 +192,7 @@ class Learning(Problem):
         if not graph:
             after = {k: v.detach() for k, v in after.items()}  # stop: same
         log_prob = out.policy.log_prob(data["action"]).sum((0, 2))
-        return Moved(after, loss, penalty, log_prob, alive, parts | terms)
+        return Moved(after, loss, penalty, log_prob, alive, parts | terms | _looks(record, slots))
 
     def judge(self, state: Tree, data: Tree, eta: Eta, importance: bool = False, bare: bool = False) -> Tensor:
         alive = self._alive(state, data)
@@ -192,11 +216,14 @@ class Learning(Problem):
         inner = self._inner(state, self._slots(eta.map(torch.Tensor.detach)))  # stop: the target is a constant
         with torch.no_grad():
             step, rule = inner.move(grad, theta, self.lives.hyper)
-            return state | {"theta": theta + step} | _named("optimizer", rule)
+            after = torch.where(loss.isfinite()[:, None], theta + step, torch.nan)  # the others have no target
+            return state | {"theta": after} | _named("optimizer", rule)
 
     def match(self, state: Tree, target: Tree, data: Tree, by: Match) -> Tensor:
         if by == "parameters":
             return super().match(state, target, data, by)
+        alive = self._alive(state, data) & finite(target["theta"])
+        (state, data), (target, _) = self._cleared(state, data, alive), self._cleared(target, data, alive)
         ours = self._out(state, data)
         with torch.no_grad():
             theirs = self._out(target, data)
@@ -229,9 +256,12 @@ class Learning(Problem):
         return kept, {k: v if (at := self.axis(k)) is None else _rows(alive, v, at) for k, v in data.items()}
 
     def _slots(self, eta: Eta) -> Slots:
-        """The slots with the component under these meta-parameters."""
-        played = substituted(self.component, eta.values, eta.stacked)
-        return dataclasses.replace(self.algorithm.slots, **{self.component.slot: played})  # type: ignore[arg-type]
+        """The slots with the learned components under these meta-parameters."""
+        played = {}
+        for slot, component in self.learned.items():
+            own = {k.removeprefix(f"{slot}."): v for k, v in eta.values.items() if k.startswith(f"{slot}.")}
+            played[slot] = substituted(component, own, eta.stacked)
+        return dataclasses.replace(self.algorithm.slots, **played)  # type: ignore[arg-type]
 
     def _inner(self, state: Tree, slots: Slots, graph: bool = False) -> Inner:
         kind = GraphInner if graph else PlainInner
@@ -255,7 +285,16 @@ class Learning(Problem):
         weight = self.config.policy_entropy * 0.5 ** (self.meta_step / self.config.entropy_half_life)
         more, terms = self._weighted(self.algorithm.slots.objective.agent_regularisers(out), policy)
         parts: Metrics = {"policy": policy, "entropy": entropy}
-        return policy - weight * entropy + more, {k: v.detach() for k, v in parts.items()} | terms  # stop: a look
+        loss = policy - weight * entropy + more
+        if self.config.value:
+            assert out.value is not None
+            parts["value"] = lifetime_mean((out.value - data["target"]).square())
+            loss = loss + self.config.value * parts["value"]
+        if self.config.kl:
+            anchor = out.policy.like(*(data[f"anchor{i}"] for i in range(len(out.policy.params))))
+            parts["kl"] = lifetime_mean(out.policy.kl(anchor))
+            loss = loss + self.config.kl * parts["kl"]
+        return loss, {k: v.detach() for k, v in parts.items()} | terms  # stop: a look
 
     def _weighted(self, terms: Metrics, like: Tensor) -> tuple[Tensor, Metrics]:
         """[P] sum of regularisers with the configured weights, and each of them to look at."""
@@ -274,12 +313,14 @@ class Learning(Problem):
     # --- beginnings and ends -----------------------------------------------------------------------------------
 
     def renew(self, broken: Tensor) -> Tensor:
+        if not self.restarting:
+            return torch.zeros_like(broken)
         ended = self.lives.finished()
-        which = self._together(ended | broken if self.staggered else ended)
-        returns, count = (sum(getattr(e, k) for e in self._ended) for k in ("returns", "count"))
+        which = self._alike(ended if self.together else ended | broken)
+        episodes = self.take_episodes()
+        returns, count = (sum(getattr(e, k) for e in episodes) for k in ("returns", "count"))
         mean_return = returns / count  # [P]; not a number where no episode ended
         over = self._record(which, mean_return, broken)
-        self._ended = []
         if bool(over.any()):
             self.lives.restart(which, elsewhere=True)
             if self.critic is not None:
@@ -287,7 +328,7 @@ class Learning(Problem):
         self._begin(over)
         return which
 
-    def _together(self, which: Tensor) -> Tensor:
+    def _alike(self, which: Tensor) -> Tensor:
         """Lifetimes that share a random stream begin together, in whichever process they are."""
         index = self.streams.index.to(which.device)
         hit = torch.zeros(self.streams.total, dtype=torch.bool, device=which.device)
@@ -312,12 +353,20 @@ class Learning(Problem):
         final = sums / counts.index_add_(0, streams[known], known[known].to(counts))  # of those on one stream
         over, torn = (torch.zeros(self.streams.total, dtype=torch.bool, device=streams.device) for _ in range(2))
         over[streams[ended]], torn[streams[lost]] = True, True
-        self.bandit.record(over, final, torn)
+        if self.bandit is not None:
+            self.bandit.record(over, final, torn)
         return over
 
     def _begin(self, streams: Tensor) -> None:
-        self.bandit.assign(streams)
-        self.lives.hyper = self.bandit.hyper(self.base, self.lives.population.theta, self.streams.index)
+        if self.bandit is not None:
+            self.bandit.assign(streams)
+            self._choose()
+
+    def _choose(self) -> None:
+        """Let the lifetimes learn with the numbers that the bandit chose."""
+        if self.bandit is not None:
+            base, theta = self.algorithm.config.hyper, self.lives.population.theta
+            self.lives.hyper = self.bandit.hyper(base, theta, self.streams.index)
 
     def report(self) -> dict[str, float]:
         log, self._log = self._log, {}
@@ -327,17 +376,16 @@ class Learning(Problem):
 
     def state_dict(self) -> Tree:
         counters = torch.tensor([self.environment_steps, self.restarts, self.broken])
-        state: Tree = {"counters": counters, "generator": self._shuffles.get_state()}
+        state: Tree = {"counters": counters}
         for name, piece in self._parts():
             state |= _named(name, piece.state_dict())
         return state
 
     def load_state_dict(self, state: Tree) -> None:
         self.environment_steps, self.restarts, self.broken = state["counters"].tolist()
-        self._shuffles.set_state(state["generator"])
         for name, piece in self._parts():
             piece.load_state_dict(under(name, state))
-        self.lives.hyper = self.bandit.hyper(self.base, self.lives.population.theta, self.streams.index)
+        self._choose()
 
     def join(self, states: Sequence[Tree]) -> Tree:
         return states[0] | join([_of_lifetimes(state) for state in states])
@@ -352,7 +400,17 @@ class Learning(Problem):
     def _parts(self) -> list[tuple[str, Lifetimes | OuterCritic | AgentBandit]]:
         parts: list[tuple[str, Lifetimes | OuterCritic | AgentBandit]] = [("lifetimes", self.lives)]
         parts += [("critic", self.critic)] if self.critic is not None else []
-        return [*parts, ("bandit", self.bandit)]
+        return parts + ([("bandit", self.bandit)] if self.bandit is not None else [])
+
+
+def _looks(record: UpdateRecord, slots: Slots) -> Metrics:
+    """What to look at of an agent update, name -> [P]: its own metrics, and the numbers that the slot set."""
+    seen = {f"agent/{k}": v for k, v in record.metrics.items()}
+    for name in slots.hyperparameters.tuned:
+        if isinstance(x := getattr(record.hyper, name), Tensor):
+            x = x.detach()  # stop: to look at
+            seen[f"{TUNED}/{name}"] = lifetime_mean(x) if x.dim() == 3 else x.mean(1)
+    return seen
 
 
 def _rows(keep: Tensor, x: Tensor, axis: int) -> Tensor:

@@ -7,7 +7,9 @@ section 3.2; Bonnet et al., 2022, on why a shared critic biases the meta-gradien
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from learned_rl.inner_loop import PlainInner
 from learned_rl.lifetimes import under
 from learned_rl.returns import gae
 from learned_rl.spaces import LogOneMinus, LogUniform, PowersOfTwo, searched
-from learned_rl.tasks.base import TaskFamily
+from learned_rl.tasks.base import TaskFamily, check_choices
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, UserError, at_least, stream
 from learned_rl.update_rules import Adam, select_rows
@@ -27,6 +29,10 @@ from learned_rl.update_rules import Adam, select_rows
 
 @dataclass(frozen=True)
 class OuterCriticConfig:
+    source: Literal["own", "agent", "auto"] = "own"
+    """whose values advantages are made of: an outer critic's own, or those of the agent, which are biased where its
+    discount, reward or objective is learned; auto: the agent's where none of them is and discounts are equal (in
+    meta-training always its own)"""
     gamma: float = field(default=0.99, metadata=searched(LogOneMinus(1e-3, 0.1)))
     """discount of the meta-loss per environment step"""
     gae_lambda: float = field(default=0.95, metadata=searched(LogOneMinus(1e-3, 1.0)))
@@ -41,11 +47,23 @@ class OuterCriticConfig:
     """the critic's architecture"""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         at_least(1, epochs=self.epochs)
         for name in ("gamma", "gae_lambda"):
             if getattr(self, name) > 1:
                 raise UserError(f"{name} is {getattr(self, name)}: expected at most 1.")
         at_least(0, gamma=self.gamma, gae_lambda=self.gae_lambda, learning_rate=self.learning_rate)
+
+
+def judged(
+    trajectory: Trajectory, value_of: Callable[[Tensor], Tensor], config: OuterCriticConfig
+) -> tuple[Tensor, Tensor]:
+    """Advantages (normalised within each lifetime if configured) and value targets; constants [T, P, B]."""
+    with torch.no_grad():
+        value = value_of(trajectory.obs)
+        masks = trajectory.next_value(value, value_of), trajectory.terminated, trajectory.truncated
+        advantage = gae(trajectory.reward, value[:-1], *masks, config.gamma, config.gae_lambda)
+        return normalise(advantage) if config.normalize else advantage, advantage + value[:-1]
 
 
 class OuterCritic:
@@ -73,25 +91,22 @@ class OuterCritic:
         self._inner = PlainInner(self.population, rule, rule.initial_state(self.population.theta.detach()))
         self.restart(torch.ones(lifetimes, dtype=torch.bool, device=device), torch.zeros(lifetimes, dtype=torch.int64))
 
-    def _value(self, obs: Tensor) -> Tensor:
+    def value(self, obs: Tensor) -> Tensor:
+        """[T, P, B] from observations [T, P, B, ...]."""
         value = self.population(obs).value
         assert value is not None
         return value
 
-    @torch.no_grad()
     def judge(self, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-        """Advantages (normalised within each lifetime if configured) and value targets; constants [T, P, B]."""
-        tr, c, value = trajectory, self.config, self._value(trajectory.obs)
-        next_value = tr.next_value(value, self._value)
-        advantage = gae(tr.reward, value[:-1], next_value, tr.terminated, tr.truncated, c.gamma, c.gae_lambda)
-        return normalise(advantage) if c.normalize else advantage, advantage + value[:-1]
+        """See `judged`."""
+        return judged(trajectory, self.value, self.config)
 
     def learn(self, trajectory: Trajectory, target: Tensor) -> Tensor:
         """Move towards the value targets `[T, P, B]` of a rollout; returns the first step's loss `[P]`."""
         hyper = Hyper(learning_rate=self.config.learning_rate, max_grad_norm=float("inf"))
         first = None
         for _ in range(self.config.epochs):
-            loss = lifetime_mean((self._value(trajectory.obs[:-1]) - target).square())
+            loss = lifetime_mean((self.value(trajectory.obs[:-1]) - target).square())
             self._inner.step(loss, hyper)
             first = loss.detach() if first is None else first  # stop: only to look at
         assert first is not None

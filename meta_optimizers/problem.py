@@ -38,21 +38,21 @@ class Eta:
         return Eta({k: f(v) for k, v in self.values.items()}, self.stacked)
 
     def leaf(self, lifetimes: int | None = None) -> Eta:
-        """The same values, to differentiate by; with a copy for each of `lifetimes`, if given."""
+        """The same values, to differentiate by; with a copy for each of `lifetimes`, if given and not stacked yet."""
         values = {k: v.detach() for k, v in self.values.items()}  # stop: a gradient by these begins here
-        if lifetimes is not None:
+        if lifetimes is not None and not self.stacked:
             values = {k: v.expand(lifetimes, *v.shape).contiguous() for k, v in values.items()}
-        return Eta({k: v.requires_grad_() for k, v in values.items()}, lifetimes is not None)
+        return Eta({k: v.requires_grad_() for k, v in values.items()}, self.stacked or lifetimes is not None)
 
     @property
     def tensors(self) -> list[Tensor]:
         return list(self.values.values())
 
     def unflatten(self, flat: Tensor) -> Tree:
-        """name -> tensor [..., *shape] from vectors [..., d], in the order of `values` (which must not be stacked)."""
-        pieces = flat.split([v.numel() for v in self.values.values()], -1)
-        named = zip(self.values.items(), pieces, strict=True)
-        return {k: x.reshape((*flat.shape[:-1], *v.shape)) for (k, v), x in named}
+        """name -> tensor [..., *shape] from vectors [..., d], in the order of `values`; the shapes of one set."""
+        shapes = {k: v.shape[int(self.stacked) :] for k, v in self.values.items()}
+        pieces = flat.split([shape.numel() for shape in shapes.values()], -1)
+        return {k: x.reshape((*flat.shape[:-1], *shape)) for (k, shape), x in zip(shapes.items(), pieces, strict=True)}
 
     def flatten(self, values: Tree | None = None) -> Tensor:
         """[d] from the values or from a tree like them, or [P, d] if stacked; in the order of `values`."""

@@ -183,7 +183,7 @@ class TruncatedMetaGradient(Estimator):
         window = self.differentiate(problem, leaf, c.length(step, self.seed), thorough)
         problem.commit({k: v.detach() for k, v in (window.end or window.states[-1]).items()})  # stop: the window's end
         self._pending = (window.pending or window.data[-1]) if c.outer_data == "fresh_reuse" else None
-        return self._estimate(problem, leaf, window, thorough)
+        return self._estimate(problem, leaf, window, thorough, alone=eta.stacked)
 
     def differentiate(self, problem: Problem, eta: Eta, length: int, thorough: bool) -> Window:
         """Run a window with its graph and differentiate it."""
@@ -252,11 +252,12 @@ class TruncatedMetaGradient(Estimator):
 
     # --- from a window to an estimate --------------------------------------------------------------------------
 
-    def _estimate(self, problem: Problem, eta: Eta, window: Window, thorough: bool) -> Estimate:
+    def _estimate(self, problem: Problem, eta: Eta, window: Window, thorough: bool, alone: bool) -> Estimate:
+        """From the gradients of the window: their average, or those of each lifetime if it learns alone."""
         alive, group = window.alive, problem.group
         count = group.sum(alive.sum())
         if not bool(count):
-            return Estimate(None, ~alive, {"loss": float("nan")})
+            return Estimate(None, ~alive, {"loss": float("nan")}, window.metrics)
         loss = window.loss.detach()  # stop: to look at
         total = group.sum(torch.where(alive, loss, torch.zeros_like(loss)).sum())
         metrics = {"loss": (total / count).item(), "window": float(self.config.length(problem.meta_step, self.seed))}
@@ -268,9 +269,11 @@ class TruncatedMetaGradient(Estimator):
         if eta.stacked:
             flat = eta.flatten(grads)
             scale = 1 / flat.norm(dim=1).clamp(min=1e-12) if self.config.per_lifetime else torch.ones_like(flat[:, 0])
-            scale = torch.where(alive, scale, torch.zeros_like(scale))
-            grads = {k: torch.einsum("p...,p->...", v, scale) for k, v in grads.items()}
-        return Estimate({k: group.sum(v) / count for k, v in grads.items()}, ~alive, metrics)
+            scaled = torch.where(alive.unsqueeze(1), flat * scale.unsqueeze(1), torch.zeros_like(flat))
+            grads = eta.unflatten(scaled if alone else scaled.sum(0))
+        if not alone:
+            grads = {k: group.sum(v) / count for k, v in grads.items()}
+        return Estimate(grads, ~alive, metrics, window.metrics)
 
     def begin(self, which: Tensor, elsewhere: bool = False) -> None:
         if elsewhere or bool(which.any()):

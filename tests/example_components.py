@@ -57,7 +57,7 @@ class RewardHead(Auxiliary):
     def heads(self, action_space):
         return {"reward": 1}
 
-    def prepare(self, trajectory, out, context):
+    def prepare(self, trajectory, out, next_heads, hyper, context):
         return {"target": self.unit * trajectory.reward}
 
     def loss(self, out, batch, hyper):

@@ -67,7 +67,7 @@ def file(tmp_path):
         ("meta-train lpg-gridworld --recipe.train.horizon 9 5", ["horizon is 5", "at least 9"]),
         ("meta-train lpg-gridworld --recipe.train.estimator.window 0", ["window is 0"]),
         ("meta-train lpg-gridworld --recipe.train.agent.optimizer sdg", ["'sdg'", "sgd"]),
-        ("train", ["gymnasium id or task family"]),
+        ("train", ["gymnasium id, task family or recipe"]),
         ("train CartPol-v1", ["'CartPol-v1'", "'CartPole-v1'"]),
         ("train grid/smal", ["'smal'", "'small'"]),
         ("train Blackjack-v1", ["Blackjack-v1", "Tuple"]),
@@ -93,6 +93,25 @@ def file(tmp_path):
         ("train CartPole-v1 --config.optimizer adamm", ["'adamm'", "adam"]),
         ("train CartPole-v1 --device nowhere", ["'nowhere'", "cpu"]),
         ("train CartPole-v1 Acrobot-v1", ["'Acrobot-v1'"]),
+        ("train two-colour-bmg", ["'two-colour-bmg'"]),
+        ("train CartPole-v1 --self-tune gama", ["'gama'", "'gamma'"]),
+        ("train CartPole-v1 --self-tune gamma,", ["number ''"]),
+        ("train CartPole-v1 --self-tune gamma,gamma", ["gamma", "twice"]),
+        ("train CartPole-v1 --self-tune gamma=1", ["'gamma=1'", "NAME=LOW:HIGH"]),
+        ("train CartPole-v1 --self-tune gamma=0.9:0.8", ["0.9", "0.8"]),
+        ("train CartPole-v1 --self-tune gamma --hyperparameters schedule", ["'schedule'", "self_tuned"]),
+        ("train CartPole-v1 --self-tune clip_range", ["clip_range", "'ppo_clip'", "'ppo_soft_clip'"]),
+        ("train CartPole-v1 --self-tune gamma --estimator es", ["'es'", "'truncated'"]),
+        ("train CartPole-v1 --self-tune gamma --estimator bgm", ["'bgm'", "'bmg'"]),
+        ("train CartPole-v1 --self-tune gamma --outer.critic.source own2", ["source", "'own2'"]),
+        ("train CartPole-v1 --learn reward", ["reward", "'environment'", "no parameters"]),
+        ("train CartPole-v1 --learn rewards", ["'rewards'", "'reward'"]),
+        ("train CartPole-v1 --set reward.scale=1", ["reward", "default"]),
+        ("train CartPole-v1 --reward lirpg --set reward.scal=1", ["'scal'", "scale"]),
+        ("train CartPole-v1 --reward lirpg --set reward=1", ["'reward=1'", "SLOT.NAME=VALUE"]),
+        ("train CartPole-v1 --reward lirpg --set rewrad.scale=1", ["'rewrad'", "'reward'"]),
+        ("train Pendulum-v1 --auxiliary stacx", ["stacx"]),
+        ("train grid/small --hyperparameters mgrl", ["tabular", "gamma"]),
         ("evaluate", ["component file"]),
         ("evaluate none.safetensors", ["'none.safetensors'", "'component.safetensors'"]),
         ("evaluate component.safetensors --family gird/small", ["'gird/small'", "'grid/small'"]),
@@ -200,9 +219,12 @@ def test_help_names_every_option(say, command, settings):
         assert f"--{name} " in out or f"--{name}, " in out or positional.get(name, "--") in out, name
 
 
-def test_help_shows_the_defaults_that_suit_the_objective(say):
+def test_help_shows_the_defaults_that_suit_the_objective(say, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # wider ones set groups of options side by side
+
     def default(out):
-        return out.split("copies of the environment in one lifetime (default: ")[1].split(")")[0]
+        words = " ".join(out.replace("│", " ").split())  # wherever a line is broken
+        return words.split("copies of the environment in one lifetime (default: ")[1].split(")")[0]
 
     assert default(say("train", "CartPole-v1", "--help")[1]) == "8"
     assert default(say("train", "CartPole-v1", "--objective", "lpg", "--help")[1]) == "64"

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from experiments.oracles.discounting_chain import DELAY, PAYMENT, STEPS, DiscountingChain
+from experiments.single_task.discounting_chain import OUTER, learn
+from experiments.single_task.discounting_chain import estimator as estimator_of
 from learned_rl.types import UserError
 from meta_optimizers.bootstrapped import Bootstrapped, BootstrappedConfig
 from meta_optimizers.problem import Eta
-from meta_optimizers.truncated import TruncatedConfig, TruncatedMetaGradient
 
-OUTER = {"A2C": False, "MG": False, "MG+outer": True, "BMG": False, "BMG+outer": True}
 MARKS = (50, 1000, 2000, 5000)
 # Return / discount after so many meta-steps, from another program with tiny initial weights of its own.
 TABLE = {
@@ -23,26 +23,10 @@ TABLE = {
 }
 
 
-def make(variant: str, window: int = 1) -> TruncatedMetaGradient:
-    if variant.startswith("BMG"):
-        return Bootstrapped(BootstrappedConfig(window=window, bootstrap=1, bare=False, continue_from="window"))
-    return TruncatedMetaGradient(TruncatedConfig(window=window))
-
-
-def learn(variant: str, steps: int, **settings) -> dict[int, tuple[float, float]]:
-    """Return and discount after every meta-step, of the published experiment's settings."""
-    problem, estimator = DiscountingChain(outer_critic=OUTER[variant], **settings), make(variant)
-    gamma = problem.eta().values["gamma"].requires_grad_()
-    adam = torch.optim.Adam([gamma], lr=0.0 if variant == "A2C" else 0.1)
-    seen = {}
-    for problem.meta_step in range(steps):
-        estimate = estimator(problem, Eta({"gamma": gamma.detach()}))
-        assert estimate.grads is not None
-        gamma.grad = estimate.grads["gamma"]
-        adam.step()
-        now = problem.gamma(Eta({"gamma": gamma.detach()}))
-        seen[problem.meta_step + 1] = problem.expected_return().mean().item(), now.item()
-    return seen
+def trained(variant: str, steps: int, **settings) -> dict[int, tuple[float, float]]:
+    """Return and discount after every meta-step, averaged over the agents."""
+    seen = enumerate(learn(variant, steps, **settings), 1)
+    return {step: (returns.mean().item(), gamma.mean().item()) for step, (returns, gamma) in seen}
 
 
 def log_policy(theta: torch.Tensor, chain: float, t: int) -> torch.Tensor:
@@ -104,7 +88,7 @@ def test_the_gradient_agrees_with_finite_differences_where_values_stand_still(va
         problem.commit({"theta": somewhere()})
         return estimator.differentiate(problem, problem.eta().leaf(), window, thorough=False)
 
-    estimator = make(variant, window)
+    estimator = estimator_of(variant, window)
     held, problem = run(Held(2, OUTER[variant], **settings)), Held(2, OUTER[variant], **settings)
 
     def loss(gamma: float) -> torch.Tensor:
@@ -119,7 +103,7 @@ def test_the_gradient_agrees_with_finite_differences_where_values_stand_still(va
 
 @pytest.mark.parametrize("variant", TABLE)
 def test_fifty_meta_steps_give_the_table(variant):
-    assert learn(variant, 50)[50] == (
+    assert trained(variant, 50)[50] == (
         pytest.approx(TABLE[variant][0][0], abs=1e-4),
         pytest.approx(TABLE[variant][0][1], abs=1.5e-3),
     )
@@ -129,7 +113,7 @@ def test_fifty_meta_steps_give_the_table(variant):
 @pytest.mark.parametrize("variant", TABLE)
 def test_five_thousand_meta_steps_give_the_table(variant):
     """To what tiny initial weights change: 1e-4 of the return and, where it moves fast, 2e-3 of the discount."""
-    seen = learn(variant, MARKS[-1])
+    seen = trained(variant, MARKS[-1])
     for mark, (earned, gamma) in zip(MARKS, TABLE[variant], strict=True):
         assert seen[mark][0] == pytest.approx(earned, abs=1.5e-4)
         assert seen[mark][1] == pytest.approx(gamma, abs=2.5e-3)
@@ -138,7 +122,7 @@ def test_five_thousand_meta_steps_give_the_table(variant):
 @pytest.mark.parametrize("variant", ["MG", "MG+outer", "BMG", "BMG+outer"])
 def test_the_outer_critic_decides_where_the_discount_goes(variant):
     """With normalised advantages a few hundred meta-steps tell."""
-    seen = learn(variant, 300, normalize=True)
+    seen = trained(variant, 300, normalize=True)
     assert seen[300][1] == pytest.approx(1.0 if OUTER[variant] else 0.9, abs=2e-3)
 
 
@@ -146,7 +130,7 @@ def test_the_outer_critic_decides_where_the_discount_goes(variant):
 @pytest.mark.parametrize("variant", TABLE)
 def test_drawn_episodes_give_the_published_outcome(variant):
     """128 episodes an update, normalised advantages: the optimal return is 1.1, the short-sighted one 1.0."""
-    earned, gamma = learn(variant, 1000, episodes=128, normalize=True)[1000]
+    earned, gamma = trained(variant, 1000, episodes=128, normalize=True)[1000]
     if OUTER[variant]:
         assert earned > 1.09 and gamma > 0.995
     else:

@@ -1,11 +1,11 @@
 """Forward mode: equal to reverse mode over everything so far, at the memory of one update; the noisy quadratic."""
 
 import copy
-import gc
-import weakref
 
 import pytest
 import torch
+from graphs import held_by_graphs
+from learners import learning_problem
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
@@ -17,11 +17,8 @@ from learned_rl.component import Hyperparameters, NoConfig, lifetime_mean, shiel
 from learned_rl.ppo import PPOConfig
 from learned_rl.tasks.chains import ChainFamily
 from learned_rl.types import UserError
-from meta_optimizers.agent_bandit import AgentBanditConfig
 from meta_optimizers.forward_mode import ForwardConfig, ForwardMode
 from meta_optimizers.group import Group
-from meta_optimizers.learning import Learning, OuterLossConfig
-from meta_optimizers.outer_critic import OuterCriticConfig
 from meta_optimizers.problem import Eta, Moved
 from meta_optimizers.rematerialised import Rematerialised
 from meta_optimizers.truncated import TruncatedConfig, TruncatedMetaGradient
@@ -112,10 +109,7 @@ class LearnedNumbers(Hyperparameters):
 
 
 def learning(agent):
-    component = LearnedNumbers()
-    parts = OuterLossConfig(), OuterCriticConfig(), AgentBanditConfig()
-    problem = Learning(ChainFamily("short"), component, agent, 3, 12, *parts, seed=0, dtype=torch.float64)
-    return problem, Eta({k: v.detach() for k, v in component.named_parameters()})
+    return learning_problem(ChainFamily("short"), LearnedNumbers(), agent, 3, 12)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -124,8 +118,8 @@ def test_agents_that_learn_have_exact_traces_too(optimizer, minibatches):
     agent = PPOConfig(n_envs=4, n_steps=8, n_epochs=minibatches, n_minibatches=minibatches, optimizer=optimizer)
     (problem, eta), estimator = learning(agent), forward()
     for call in (1, 2):
-        found = estimator(problem, eta).grads["bias"]
-        expected = reverse(TruncatedMetaGradient, learning(agent)[0], eta, call * EVERY, EVERY).grads["bias"]
+        found = flat(estimator(problem, eta).grads, eta)
+        expected = flat(reverse(TruncatedMetaGradient, learning(agent)[0], eta, call * EVERY, EVERY).grads, eta)
         assert_close(found, expected, rtol=1e-9, atol=1e-13)
     assert (found[[0, 2, 3]] != 0).all()
 
@@ -159,27 +153,14 @@ def test_the_trace_is_the_derivative_of_the_state():
 
 def peak(estimator, calls):
     """The most tensors that graphs held at once, in the last of some calls."""
-    most, boxes, problem = 0, weakref.WeakSet(), Quadratic(momentum=0.9)
-
-    class Box:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-    def pack(tensor):
-        nonlocal most
-        boxes.add(box := Box(tensor))
-        most = max(most, len(boxes))
-        return box
-
-    gc.collect()
+    problem = Quadratic(momentum=0.9)
     for _ in range(calls):
-        most = 0
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        with held_by_graphs() as held:
             left = estimator(problem, ETA)
-    assert not boxes
+        assert not held.boxes
     tensors = [*left.grads.values(), *estimator.state_dict().values(), *problem.present().values()]
     assert not any(v.requires_grad for v in tensors)
-    return most
+    return held.most
 
 
 def test_memory_is_that_of_one_update():

@@ -214,7 +214,7 @@ class LeakyAuxiliary(Auxiliary):
     def heads(self, action_space):
         return {"guess": 1}
 
-    def prepare(self, trajectory, out, context):
+    def prepare(self, trajectory, out, next_heads, hyper, context):
         return {"target": out.policy.log_prob(trajectory.action.new_zeros(out.policy.logits.shape[:-1]))[:-1]}
 
     def loss(self, out, batch, hyper):

@@ -10,19 +10,19 @@ import weakref
 import pytest
 import torch
 from example_components import LearnedStep, RewardHead, RunningReward
+from learners import learning_problem
 from probes import ProbeFamily
 from torch.testing import assert_close
 
 from learned_rl.agents import AgentConfig
 from learned_rl.component import Hyper, Hyperparameters, NoConfig, lifetime_mean
 from learned_rl.defaults import PPOClip
-from learned_rl.ppo import Algorithm, PPOConfig
+from learned_rl.ppo import PPOConfig
 from learned_rl.registry import make_family
 from learned_rl.streams import Streams
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import UserError
 from learned_rl.update_rules import RULES, AdamConfig
-from meta_optimizers.agent_bandit import AgentBanditConfig
 from meta_optimizers.bootstrapped import Bootstrapped
 from meta_optimizers.corrections import CorrectionConfig
 from meta_optimizers.evolution import Evolution
@@ -120,28 +120,25 @@ def agent(name, rule="sgd", **changes):
     return PPOConfig(2, 6, optimizer=rule, hyper=hyper, agent=architecture, **parts | changes)
 
 
-def learning(
-    name, rule="sgd", kind=Learning, lifetimes=P, family=None, config=None, loss=None, streams=None, **changes
-):
+def learning(name, rule="sgd", lifetimes=P, family=None, config=None, loss=None, judged=True, **settings):
     """A problem in float64 whose agents have random weights, and eta; Adam's eps is large, so that it has no cliffs."""
     torch.manual_seed(1)
-    component = (COMPONENTS[name]() if isinstance(name, str) else name).double()
+    component = COMPONENTS[name]() if isinstance(name, str) else name
     family = family or (make_family("grid/small") if name == "lpg" else Doubles())
     loss = loss or OuterLossConfig(fitness="reward", regularisers=REGULARISERS if name == "lpg" else {})
-    parts = loss, OuterCriticConfig(epochs=1), AgentBanditConfig()
     config = config or agent(name, rule)
-    changes = {"staggered": False, "dtype": torch.float64, "seed": 0, "streams": streams} | changes
-    problem = kind(family, component, config, lifetimes, HORIZON, *parts, **changes)
-    slots = problem.algorithm.slots
+    plugged = {}
     if component.slot != "optimizer" and config.optimizer == "adam":
-        slots = dataclasses.replace(slots, optimizer=RULES["adam"](AdamConfig(eps=1e-2)))
+        plugged["optimizer"] = RULES["adam"](AdamConfig(eps=1e-2))
     if component.slot != "objective":
-        slots = dataclasses.replace(slots, objective=HeldPPO())
-    problem.algorithm = problem.lives.algorithm = Algorithm(config, slots)
+        plugged["objective"] = HeldPPO()
+    critic = OuterCriticConfig(epochs=1) if judged else None
+    settings = {"staggered": False, "loss": loss, "critic": critic} | settings | plugged
+    problem, eta = learning_problem(family, component, config, lifetimes, HORIZON, **settings)
     theta = problem.lives.population.theta
     if problem.streams.whole:
         theta.data.add_(0.5 * torch.randn(theta.shape, generator=torch.Generator().manual_seed(2), dtype=theta.dtype))
-    return problem, Eta({k: v.detach().clone() for k, v in component.named_parameters()})
+    return problem, eta
 
 
 def made(kind, **settings):
@@ -193,7 +190,6 @@ def test_steps_are_what_plain_training_does_on_the_same_experience(name, rule):
         with torch.set_grad_enabled(grad_mode):
             state = {k: v.detach() for k, v in problem.step(state, data, eta).state.items()}
         fields = {f.name: data.get(f.name) for f in dataclasses.fields(Trajectory)}
-        twin.lives.generator.manual_seed(int(data["shuffle"]))
         twin.lives.advance(twin.lives.plain(), Trajectory(**fields))
     problem.commit(state)
     ours, theirs = problem.present(), twin.present()

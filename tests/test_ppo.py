@@ -92,7 +92,7 @@ class NoPrediction(Auxiliary):
     name, Config = "no_prediction", NoConfig
     weight = 0.0
 
-    def prepare(self, trajectory, out, context):
+    def prepare(self, trajectory, out, next_heads, hyper, context):
         return {"wanted": torch.ones_like(trajectory.reward)}
 
     def loss(self, out, batch, hyper):
@@ -111,7 +111,7 @@ class HeadPrediction(Auxiliary):
     def heads(self, action_space):
         return {"guess": 1}
 
-    def prepare(self, trajectory, out, context):
+    def prepare(self, trajectory, out, next_heads, hyper, context):
         return {}
 
     def loss(self, out, batch, hyper):

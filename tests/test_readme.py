@@ -20,7 +20,8 @@ from experiments import cli
 from experiments.evaluate import Evaluate
 from experiments.meta_train import _tags
 from experiments.pbt import Pbt
-from experiments.recipes import get_recipe, recipes
+from experiments.recipes import get_recipe, online_recipes, recipes
+from experiments.runs import sb3_tags
 from experiments.train import Train
 from experiments.tune import Tune
 from experiments.tuning.agents import AgentSettings, AgentStudy, unread
@@ -44,13 +45,21 @@ from meta_optimizers.learning import OuterLossConfig
 from meta_optimizers.outer_critic import OuterCriticConfig
 from meta_optimizers.persistent import NoiseReuseConfig, PersistentConfig
 from meta_optimizers.rematerialised import RematerialisedConfig
+from meta_optimizers.self_tuning import SelfTuning, SelfTuningConfig
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from meta_optimizers.truncated import TruncatedConfig
+from objectives.contextual import ContextualConfig
 from objectives.dice import LoadedDiCEConfig
 from objectives.dpo import DPOConfig
+from objectives.impala import ImpalaConfig
+from objectives.lirpg import LIRPGConfig
 from objectives.lpg import LPG, LPGConfig
 from objectives.lpo import LPO, LPOConfig
+from objectives.mgrl import MGRLConfig
 from objectives.schedule import ScheduleConfig
+from objectives.self_tuned import SelfTunedConfig
+from objectives.stac import STACConfig
+from objectives.stacx import STACXConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -76,7 +85,7 @@ def without_code(text):
 @pytest.mark.slow
 def test_the_readme_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    meta_train, use, own_component, own_loop, objective_in_it = blocks(read("README.md"), "python")
+    meta_train, use, one_lifetime, own_component, own_loop, objective_in_it = blocks(read("README.md"), "python")
     said = {}
 
     torch.manual_seed(0)
@@ -96,6 +105,11 @@ def test_the_readme_runs_as_printed(tmp_path, monkeypatch):
     assert 20_000 <= agent.steps < 20_000 + 64 * 20
     assert agent.algorithm.slots.objective.name == "lpg"
     assert said["returns"].shape == (2,) and bool((said["returns"] > 5).all())
+
+    exec(one_lifetime, said)
+    assert said["agent"].steps == 5 * 1024 and len(said["course"]) == 4  # the first window takes two rollouts
+    assert said["course"][0] == pytest.approx(0.99) and said["course"][-1] != said["course"][0]
+    assert all(p.item() for p in said["numbers"].parameters())
 
     exec(own_component, said)
     assert said["trainer"].steps == 5
@@ -165,6 +179,44 @@ def test_the_problem_and_the_estimator_of_ones_own_run_as_printed():
         torch.testing.assert_close(said["estimate"].grads[name], g)
 
 
+# --- the code of the page about one lifetime, and examples -----------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_one_lifetime_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    course, settings, reuse = blocks(read("docs/self_tuning.md"), "python")
+    said = {}
+    exec(course, said)
+    steps, gamma = zip(*said["course"], strict=True)
+    assert steps == (2048, 3072, 4096, 5120) and gamma[0] != gamma[-1] and said["returns"].shape == (2,)
+    first, second = (dict(said["agent"].component("hyperparameters", i).named_parameters()) for i in range(2))
+    assert all(not torch.equal(first[k], second[k]) for k in first)
+    assert all(torch.equal(v, second[k]) for k, v in said["numbers"].named_parameters())
+
+    exec(settings, said)
+    assert said["agent"].learned == ["hyperparameters", "auxiliary"] and said["agent"].steps >= 2_000
+
+    exec(reuse, said)
+    (slot,) = [c for s, c in said["again"].algorithm.slots.items() if s == "reward"]
+    saved = said["agent"].component("reward", 1).state_dict()
+    assert all(torch.equal(v, saved[k]) for k, v in slot.state_dict().items())
+
+
+EXAMPLES = [name for name in NAMES if re.match(r"docs/(objectives|families)/", name) and blocks(read(name), "python")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run_as_printed_but_shorter(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = {}
+    for block in blocks(read(name), "python"):
+        shorter = re.sub(r"learn\([\d_]+\)", "learn(1)", block)
+        exec(re.sub(r"seeds=\d+", "seeds=1", shorter), said)
+    assert said
+
+
 # --- commands and options --------------------------------------------------------------------------------------------
 
 
@@ -185,8 +237,8 @@ def test_printed_commands_and_their_options_exist(page, line):
         if operands == ["RECIPE"]:
             operands = ["lpg-gridworld"]
         assert operands[0] in recipes()
-        if "--estimator" in words:  # on which the other options depend
-            operands += ["--estimator", words[words.index("--estimator") + 1]]
+    if "--estimator" in words:  # on which the other options depend
+        operands += ["--estimator", words[words.index("--estimator") + 1]]
     help_text = _help(command, *operands)
     for word in words:
         if word.startswith("--"):
@@ -208,11 +260,18 @@ def test_every_command_is_on_its_page():
         assert f"learned-rl {command}" in page
 
 
-@pytest.mark.parametrize("page, least", [("docs/cli.md", 50), ("docs/tuning.md", 25)])
+def test_every_recipe_is_on_the_page():
+    page = read("docs/cli.md")
+    for name in [*recipes(), *online_recipes()]:
+        assert f"`{name}`" in page
+
+
+@pytest.mark.parametrize("page, least", [("docs/cli.md", 50), ("docs/tuning.md", 25), ("docs/self_tuning.md", 15)])
 def test_options_in_the_text_of_the_pages_exist(page, least):
     shown = [
         ["meta-train", "lpg-gridworld"],
         ["train", "CartPole-v1"],
+        ["train", "CartPole-v1", "--estimator", "bmg"],
         ["tune", "ppo"],
         ["pbt", "ppo"],
         ["evaluate", "FILE"],
@@ -282,6 +341,14 @@ SETTINGS = {
     "docs/objectives/schedule.md": [ScheduleConfig, PBTConfig],
     "docs/objectives/lpo.md": [LPOConfig],
     "docs/objectives/dice.md": [LoadedDiCEConfig],
+    "docs/objectives/impala.md": [ImpalaConfig],
+    "docs/objectives/self_tuned.md": [SelfTunedConfig],
+    "docs/objectives/mgrl.md": [MGRLConfig],
+    "docs/objectives/stac.md": [STACConfig],
+    "docs/objectives/contextual.md": [ContextualConfig],
+    "docs/objectives/lirpg.md": [LIRPGConfig],
+    "docs/objectives/stacx.md": [STACXConfig],
+    "docs/self_tuning.md": [SelfTuningConfig],
     "docs/meta_optimizers/truncated.md": [TruncatedConfig],
     "docs/meta_optimizers/corrections.md": [CorrectionConfig],
     "docs/meta_optimizers/rematerialised.md": [RematerialisedConfig],
@@ -303,13 +370,33 @@ def test_every_setting_is_on_its_page(page):
             assert f"`{setting.name}`" in text, f"{page} does not explain {config.__name__}.{setting.name}"
 
 
-@pytest.mark.parametrize("objective", ["lpg", "dpo", "ppo_clip"])
+@pytest.mark.parametrize("objective", ["lpg", "dpo", "ppo_clip", "impala"])
 def test_everything_that_training_logs_is_on_the_page(objective):
     logged = {}
     PPO("bandit/bernoulli-5", objective=objective).learn(1, log=lambda steps, metrics: logged.update(metrics))
     text = read(f"docs/objectives/{objective}.md")
     for metric in set(logged) - {"return", "length"}:
         assert f"`train/{metric}`" in text
+
+
+def test_everything_that_one_lifetime_logs_is_explained():
+    outer = SelfTuningConfig(loss=OuterLossConfig(value=1.0, kl=1.0))
+    logged = {}
+    numbers = {"hyperparameters": "self_tuned", "reward": "lirpg"}
+    agent = SelfTuning("control/cartpole", PPOConfig.a2c(n_envs=2), outer=outer, **numbers)
+    agent.learn(100, log=lambda steps, metrics: logged.update(metrics))
+    ours = {k for k in logged if "/" in k}
+    tuned = {k for k in ours if k.startswith("tuned/")}
+    assert tuned == {"tuned/gamma", "tuned/gamma_low", "tuned/gamma_high"} and "meta/critic_loss" in ours
+    text, cli_page, outer_page = (read(f"docs/{n}.md") for n in ("self_tuning", "cli", "meta_optimizers/README"))
+    for tag in {k.replace("gamma", "NAME") for k in tuned}:
+        assert f"`{tag}`" in text and f"`{tag}`" in cli_page
+    for tag in ours - tuned - {"meta/window"}:
+        assert f"`{tag}`" in text
+    for tag in ours - tuned:
+        assert f"`{tag}`" in outer_page
+    for tag in sb3_tags({k: v for k, v in logged.items() if k not in ours}):
+        assert f"`{tag}`" in cli_page
 
 
 def logs_everything(name):
@@ -330,6 +417,13 @@ def test_everything_that_meta_training_logs_is_explained(name):
     logged = {tag for _ in range(2) for tag in _tags(trainer.step())}
     text = read("docs/meta_optimizers/README.md")
     assert {"meta/loss", "meta/skipped", "inner/return", "inner/final_return"} <= logged
+    of_agents = {
+        tag for tag in logged if tag.startswith("inner/") and tag not in ("inner/return", "inner/final_return")
+    }
+    assert of_agents and "`inner/NAME`" in text
+    for tag in of_agents:
+        assert f"`train/{tag.removeprefix('inner/')}`" in read(f"docs/objectives/{component.name}.md")
+    logged -= of_agents
     validated = {"heldout_return", "heldout_area", "environment_steps", "minutes"}
     for tag in logged | {f"meta/{k}" for k in validated} | {"meta/match_value"}:
         assert f"`{tag}`" in text

@@ -31,6 +31,7 @@ TRAIN = shlex.split(
     "train control/cartpole --seed 3 --seeds 2 --steps 6000 --checkpoints 12 --episodes 2 "
     "--config.n-steps 16 --config.n-envs 4 --config.agent.hidden 8"
 )
+ONLINE = [*TRAIN, "--self-tune", "gamma,ent_coef", "--reward", "lirpg"]
 WALL_TIME = {"time/fps", "meta/minutes"}
 
 
@@ -96,14 +97,15 @@ def test_meta_training(tmp_path, monkeypatch):
     assert provenance[0] == provenance[1], said
 
 
-def test_training(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", [TRAIN, ONLINE], ids=["plain", "online"])
+def test_training(tmp_path, monkeypatch, words):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     seed = random.randrange(10**6)
-    at = killed(TRAIN, broken, random.Random(seed), last=4000)
+    at = killed(words, broken, random.Random(seed), last=4000)
     said = f"killed at step {at} (moment {seed})"
     assert at < 6000, said
-    run(monkeypatch, *TRAIN, "--out", str(broken), "--resume")
-    run(monkeypatch, *TRAIN, "--out", str(whole))
+    run(monkeypatch, *words, "--out", str(broken), "--resume")
+    run(monkeypatch, *words, "--out", str(whole))
     assert rows(broken / METRICS) == rows(whole / METRICS), said
     assert rows(broken / SCORES) == rows(whole / SCORES) and len(rows(whole / SCORES)) == 1 + 2 * 13, said
     same_checkpoints(broken, whole)

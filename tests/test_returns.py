@@ -1,5 +1,7 @@
 """Returns and advantages: by hand, against their definitions as sums, and their derivatives."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,17 +49,41 @@ def naive_lambda_return(reward, value, next_value, terminated, truncated, gamma,
     raise AssertionError
 
 
-def naive_vtrace(reward, value, next_value, terminated, truncated, log_ratio, gamma, lam, rho_clip, c_clip, t):
-    """Equation 1 of Espeholt et al.: V + sum_k gamma^(k-t) (prod c) rho_k delta_k, within the episode."""
-    target, weight = value[t], 1.0
-    for k in range(t, len(reward)):
-        ratio = torch.tensor(log_ratio[k]).double().exp().item()
-        bootstrap = 0.0 if terminated[k] else gamma * next_value[k]
-        target += weight * min(rho_clip, ratio) * (reward[k] + bootstrap - value[k])
-        if terminated[k] or truncated[k]:
-            break
-        weight *= gamma * lam * min(c_clip, ratio)
-    return target
+def naive_vtrace(reward, value, next_value, terminated, truncated, rho, c, pg, gamma, lam):
+    """Targets and advantages of one time series [T], every number a list: equation 1 of Espeholt et al. as a sum,
+    V + sum_k (prod gamma lambda c) rho_k delta_k within the episode, then the mixture of what follows."""
+    T, target, advantage = len(reward), [], []
+    discount = [0.0 if end else g for end, g in zip(terminated, gamma, strict=True)]
+    for t in range(T):
+        total, weight = value[t], 1.0
+        for k in range(t, T):
+            total += weight * rho[k] * (reward[k] + discount[k] * next_value[k] - value[k])
+            if terminated[k] or truncated[k]:
+                break
+            weight *= gamma[k] * lam[k] * c[k]
+        target.append(total)
+    for t in range(T):
+        last = terminated[t] or truncated[t] or t == T - 1
+        following = next_value[t] if last else lam[t] * target[t + 1] + (1 - lam[t]) * next_value[t]
+        advantage.append(pg[t] * (reward[t] + discount[t] * following - value[t]))
+    return target, advantage
+
+
+def log_ratios(seed, T=6, P=2, B=3):
+    return 0.7 * torch.randn(T, P, B, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def check_vtrace(case, log_ratio, gamma, lam, alpha, clips=(1.0, 1.0, 1.0)):
+    """Against the sums, with weights that are mixed by hand; numbers are floats, [P, 1] or [T, P, B]."""
+    rho_clip, c_clip, pg_clip = clips
+    target, advantage = vtrace(*case, log_ratio, gamma, lam, rho_clip, c_clip, alpha, pg_clip)
+    gamma, lam, alpha = (torch.as_tensor(x, dtype=torch.float64).expand_as(log_ratio) for x in (gamma, lam, alpha))
+    for p, b, (*series, log_w, g, la, a) in paths(*case, log_ratio, gamma, lam, alpha):
+        w = [math.exp(x) for x in log_w]
+        mixed = [[(1 - m) * x + m * min(x, clip) for x, m in zip(w, a, strict=True)] for clip in clips]
+        expected = naive_vtrace(*series, *mixed, g, la)
+        assert target[:, p, b].tolist() == pytest.approx(expected[0], rel=1e-9, abs=1e-9)
+        assert advantage[:, p, b].tolist() == pytest.approx(expected[1], rel=1e-9, abs=1e-9)
 
 
 def test_recursion_by_hand():
@@ -115,29 +141,50 @@ def test_lambda_returns_equal_their_definition(seed, T, gamma, lam, ends):
         assert returns[:, p, b].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     T=st.integers(1, 9),
     gamma=unit,
     lam=unit,
-    rho_clip=st.floats(0.5, 3),
-    c_clip=st.floats(0.5, 3),
+    alpha=unit,
+    clips=st.tuples(*[st.floats(0.5, 3)] * 3),
 )
-def test_vtrace_equals_its_definition(seed, T, gamma, lam, rho_clip, c_clip):
-    c = case(seed, T)
-    log_ratio = torch.randn(T, 2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    target, advantage = vtrace(*c, log_ratio, gamma, lam, rho_clip, c_clip)
-    reward, value, next_value, terminated, truncated = c
-    for p, b, series in paths(*c, log_ratio):
-        expected = [naive_vtrace(*series, gamma, lam, rho_clip, c_clip, t) for t in range(T)]
-        assert target[:, p, b].tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-        for t in range(T):
-            ended = bool(terminated[t, p, b] | truncated[t, p, b])
-            following = next_value[t, p, b] if ended or t == T - 1 else target[t + 1, p, b]
-            delta = reward[t, p, b] + gamma * following * ~terminated[t, p, b] - value[t, p, b]
-            weight = min(rho_clip, log_ratio[t, p, b].exp())
-            assert_close(advantage[t, p, b], weight * delta, **EXACT)
+def test_leaky_vtrace_equals_its_definition(seed, T, gamma, lam, alpha, clips):
+    check_vtrace(case(seed, T), log_ratios(seed, T), gamma, lam, alpha, clips)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
+def test_alpha_goes_from_plain_to_clipped_importance_weights(lam):
+    """Neither end mixes anything: 0 knows no thresholds, 1 nothing above them."""
+    c, log_ratio = case(8), log_ratios(8)
+    found = {alpha: vtrace(*c, log_ratio, 0.9, lam, 1.2, 0.8, alpha, 1.5) for alpha in (0.0, 1.0)}
+    for p, b, (*series, log_w) in paths(*c, log_ratio):
+        w = [math.exp(x) for x in log_w]
+        weights = {0.0: [w, w, w], 1.0: [[min(x, clip) for x in w] for clip in (1.2, 0.8, 1.5)]}
+        for alpha, tensors in found.items():
+            expected = naive_vtrace(*series, *weights[alpha], [0.9] * 6, [lam] * 6)
+            for x, y in zip(tensors, expected, strict=True):
+                assert x[:, p, b].tolist() == pytest.approx(y, rel=1e-12, abs=1e-12)
+    assert not torch.allclose(found[0.0][0], found[1.0][0])
+    assert_close(vtrace(*c, log_ratio, 0.9, lam, 1.2, 0.8), vtrace(*c, log_ratio, 0.9, lam, 1.2, 0.8, 1.0, 1.2))
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (6, 2, 3)], ids=["per-lifetime", "per-step"])
+def test_lifetimes_and_steps_may_have_numbers_of_their_own_in_vtrace(shape):
+    g = torch.Generator().manual_seed(9)
+    gamma, lam, alpha = (torch.rand(shape, generator=g, dtype=torch.float64) for _ in range(3))
+    check_vtrace(case(9), log_ratios(9), gamma, lam, alpha, (1.2, 0.8, 1.5))
+
+
+def test_vtrace_of_huge_importance_weights_stays_finite():
+    """Clipped ones as ever; of plain ones e^20 is the largest."""
+    c = [x.float() if x.is_floating_point() else x for x in case(4)]
+    huge, large = torch.full((6, 2, 3), 200.0), torch.full((6, 2, 3), 20.0)
+    assert_close(vtrace(*c, huge, 0.9), vtrace(*c, torch.zeros(6, 2, 3), 0.9), rtol=0, atol=0)
+    found = vtrace(*c, huge, 0.9, 0.0, alpha=0.5)
+    assert all(bool(x.isfinite().all()) for x in found)
+    assert_close(found, vtrace(*c, large, 0.9, 0.0, alpha=0.5), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
@@ -147,10 +194,12 @@ def test_vtrace_on_policy_is_the_lambda_return(lam):
     assert_close(target, lambda_returns(*c, 0.9, lam), **EXACT)
 
 
-def test_vtrace_at_lambda_one_weighs_the_policy_gradient_with_gae():
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("lam", [0.0, 0.6, 1.0])
+def test_vtrace_on_policy_weighs_the_policy_gradient_with_gae(lam, alpha):
     c = case(3)
-    _, advantage = vtrace(*c, torch.zeros(6, 2, 3, dtype=torch.float64), 0.9, 1.0)
-    assert_close(advantage, gae(*c, 0.9, 1.0), **EXACT)
+    _, advantage = vtrace(*c, torch.zeros(6, 2, 3, dtype=torch.float64), 0.9, lam, alpha=alpha)
+    assert_close(advantage, gae(*c, 0.9, lam), **EXACT)
 
 
 def test_vtrace_ignores_steps_that_the_target_policy_would_never_take():
@@ -173,13 +222,40 @@ def test_derivatives_in_values_gamma_and_lambda(function, shape):
 
 def test_derivatives_of_vtrace():
     reward, value, next_value, terminated, truncated = case(6)
-    log_ratio = 0.5 * torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    gamma, lam = (torch.full((2, 1), x, dtype=torch.float64).requires_grad_() for x in (0.9, 0.7))
-    f = lambda v, n, g, la: vtrace(reward, v, n, terminated, truncated, log_ratio, g, la)  # noqa: E731
-    assert torch.autograd.gradcheck(f, (value.requires_grad_(), next_value.requires_grad_(), gamma, lam))
+    log_ratio = log_ratios(1)
+    numbers = [torch.full((2, 1), x, dtype=torch.float64).requires_grad_() for x in (0.9, 0.7, 0.6)]
+
+    def f(v, n, g, la, a):
+        return vtrace(reward, v, n, terminated, truncated, log_ratio, g, la, alpha=a)
+
+    inputs = (value.requires_grad_(), next_value.requires_grad_(), *numbers)
+    assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
     log_ratio.requires_grad_()
-    target, _ = vtrace(reward, value, next_value, terminated, truncated, log_ratio, 0.9)
-    assert torch.autograd.grad(target.sum(), log_ratio, allow_unused=True)[0] is None  # ratios are data
+    for said in f(*inputs):
+        assert torch.autograd.grad(said.sum(), log_ratio, allow_unused=True)[0] is None  # ratios are data
+
+
+@pytest.mark.parametrize("shape", [(), (2, 1), (6, 2, 3)], ids=["one", "per-lifetime", "per-step"])
+@pytest.mark.parametrize("which", ["target", "advantage", "sum"])
+@pytest.mark.parametrize("i", range(3), ids=["gamma", "lambda", "alpha"])
+def test_derivatives_of_vtrace_against_differences(i, which, shape):
+    c, log_ratio = case(10), log_ratios(10)
+    g = torch.Generator().manual_seed(11)
+    noise = torch.randn(2, *log_ratio.shape, generator=g, dtype=torch.float64)
+    noise *= torch.tensor([which != "advantage", which != "target"]).view(2, 1, 1, 1)
+    numbers = [0.3 + 0.5 * torch.rand(shape, generator=g, dtype=torch.float64) for _ in range(3)]
+
+    def judged(x):
+        gamma, lam, alpha = (x if j == i else y for j, y in enumerate(numbers))
+        return (noise * torch.stack(vtrace(*c, log_ratio, gamma, lam, 1.0, 1.0, alpha))).sum()
+
+    x, step = numbers[i].clone().requires_grad_(), 1e-5
+    (gradient,) = torch.autograd.grad(judged(x), x)
+    moves = step * torch.eye(x.numel(), dtype=torch.float64).view(-1, *shape)
+    differences = torch.stack([(judged(x + m) - judged(x - m)) / (2 * step) for m in moves]).detach().view(shape)
+    scale = gradient.abs().max()
+    assert scale > 0.01
+    assert (gradient - differences).abs().max() < 1e-7 * scale
 
 
 def test_lifetimes_may_have_numbers_of_their_own():

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gymnasium.spaces import Discrete
 
 from learned_rl.agents import AgentConfig
 from learned_rl.distributions import Categorical, ClippedGaussian, SquashedGaussian
 from learned_rl.lifetimes import Lifetimes
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.streams import Streams, join, part
+from learned_rl.tasks.alternating import AlternatingFamily
 from learned_rl.tasks.bandits import BanditFamily
 from learned_rl.tasks.base import TaskFamily
 from learned_rl.tasks.catch import CatchFamily
 from learned_rl.tasks.chains import ChainFamily
 from learned_rl.tasks.control import ControlFamily
+from learned_rl.tasks.delayed import DelayedFamily
 from learned_rl.tasks.grids import GridFamily
 from learned_rl.tasks.gym import GymFamily
+from learned_rl.tasks.random_walk import RandomWalkFamily
+from learned_rl.tasks.two_colours import TwoColoursFamily
 from learned_rl.types import Tree, UserError, stream, stream_seed
 
 P, B = 8, 4
@@ -35,10 +40,16 @@ FAMILIES = [
     BanditFamily("bernoulli-5"),
     BanditFamily("gaussian-5"),
     CatchFamily("5x5"),
+    TwoColoursFamily("50"),
+    TwoColoursFamily("50-respawn"),
+    AlternatingFamily("4"),
+    RandomWalkFamily("3"),
+    DelayedFamily("3/chain/short-noisy"),
     GymFamily("CartPole-v1"),
+    DelayedFamily("3/CartPole-v1"),
 ]
 EVERY = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f"{f.name}-{FAMILIES.index(f)}")
-SAVED = pytest.mark.parametrize("family", FAMILIES[:-1], ids=lambda f: f"{f.name}-{FAMILIES.index(f)}")
+SAVED = pytest.mark.parametrize("family", FAMILIES[:-2], ids=lambda f: f"{f.name}-{FAMILIES.index(f)}")
 
 
 def lives(family: TaskFamily, streams: Streams | None = None, lifetimes: int = P, horizon=(2, 5)) -> Lifetimes:
@@ -215,8 +226,8 @@ def test_lifetimes_on_one_stream_with_equal_agents_live_alike(family):
     state = pairs.state_dict()
     for name in ("theta", "horizon", "age", "life", "optimizer/first"):
         assert torch.equal(state[name][::2], state[name][1::2]), name
-    action = seen[1]
-    assert any(not torch.equal(action[:, 0], action[:, p]) for p in (2, 4, 6))  # streams differ
+    luck = seen[1] if family.action_space != Discrete(1) else seen[3]  # actions, or else rewards
+    assert any(not torch.equal(luck[:, 0], luck[:, p]) for p in (2, 4, 6))  # streams differ
 
 
 def test_antithetic_agents_see_the_same_luck_and_act_differently():
@@ -292,8 +303,9 @@ def test_every_entry_has_rows_or_is_shared(family):
     """What the rule says of names is so: shared entries agree, all others have P or N rows."""
     state = lives(family).state_dict()
     shared = {k for k, v in state.items() if v.dim() == 0 or k.endswith("generator")}
-    gym = {"generator", "env/seed", "env/restarts"}
-    assert shared == (gym if family.name == "gym" else {"generator", "env/generator", "env/restart_generator"})
+    env, inner = ("env/inner", family.inner) if isinstance(family, DelayedFamily) else ("env", family)
+    names = ("seed", "restarts") if isinstance(inner, GymFamily) else ("generator", "restart_generator")
+    assert shared == {"generator", "shuffle_generator", *(f"{env}/{name}" for name in names)}
     for name in state.keys() - shared - {"running"}:
         assert len(state[name]) in (P, P * B), name
     assert state["running"].shape == (2, P, B)

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from experiments.oracles.quadratic import Quadratic
 from experiments.runs import read_metrics
 from learned_rl.component import Hyper, Hyperparameters, NoConfig
-from learned_rl.lifetimes import Lifetimes
+from learned_rl.lifetimes import Lifetimes, under
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import make_family
 from learned_rl.tasks.bandits import BanditFamily
@@ -29,7 +29,8 @@ from meta_optimizers.estimator import Estimate
 from meta_optimizers.estimators import ESTIMATORS, estimator_config, make_estimator
 from meta_optimizers.evolution import AntitheticConfig
 from meta_optimizers.forward_mode import ForwardConfig
-from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer, OuterConfig, OuterLoop
+from meta_optimizers.outer_loop import OuterConfig, OuterLoop
+from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from objectives.lpg import LPG
 
 WHOLE = ("es", "cma")  # their lifetimes begin and end together
@@ -48,7 +49,7 @@ class Flipped:
     def __call__(self, problem, eta):
         e = self._estimator(problem, eta)
         turn = lambda tree: tree and {k: -v for k, v in tree.items()}  # noqa: E731
-        return Estimate(turn(e.grads), e.broken, e.metrics, turn(e.move))
+        return Estimate(turn(e.grads), e.broken, e.metrics, e.seen, turn(e.move))
 
 
 class Says:
@@ -66,6 +67,9 @@ class Says:
 
     def begin(self, which, elsewhere=False):
         pass
+
+    def state_dict(self):
+        return {}
 
 
 def parameters(eta=None):
@@ -139,10 +143,12 @@ def test_what_is_not_finite_is_skipped(said):
 
 
 def test_a_move_bypasses_the_optimizer():
-    move = Estimate(None, torch.zeros(4, dtype=torch.bool), {}, grads(30.0, -40.0))
+    move = Estimate(None, torch.zeros(4, dtype=torch.bool), move=grads(30.0, -40.0))
     loop, etas, logs = outer(move, max_grad_norm=0.1, learning_rate=1e-6)
     assert_close(etas[1] - etas[0], torch.tensor([30.0, -40.0]).double())
-    assert logs[0]["update_norm"] == pytest.approx(50.0) and not loop.optimizer.state
+    assert logs[0]["update_norm"] == pytest.approx(50.0)
+    moments = under("optimizer", loop.state_dict())
+    assert set(moments) == {"first", "second", "count"} and not any(v.any() for v in moments.values())
     _, etas, logs = outer(replace(move, move=grads(float("nan"), 1.0)))
     assert torch.equal(etas[0], etas[1]) and logs[0]["skipped"] == 1
 

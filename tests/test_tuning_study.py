@@ -62,8 +62,8 @@ from learned_rl.spaces import (
     spaces,
 )
 from learned_rl.types import UserError
-from learned_rl.update_rules import RULES
-from meta_optimizers import outer_critic
+from learned_rl.update_rules import RULES, Adam
+from meta_optimizers import outer_critic, outer_loop
 from meta_optimizers.learning import Learning, OuterLossConfig
 from meta_optimizers.outer_critic import OuterCritic
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
@@ -514,6 +514,7 @@ class Outer:
         weights:  of the policy's entropy, at each meta-step.
         scales:   of each regulariser, at each meta-step.
         norms:    to which the meta-gradient was clipped.
+        rates:    learning rate of each step of the meta-parameters.
         advances: discount and trace decay of the critic's advantages, each time.
         lessons:  learning rate and number of the critic's steps, each time that it learned.
     """
@@ -524,6 +525,7 @@ class Outer:
     weights: list[float] = field(default_factory=list)
     scales: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     norms: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     advances: list[tuple[float, float]] = field(default_factory=list)
     lessons: list[list[float]] = field(default_factory=list)
 
@@ -533,7 +535,7 @@ def spying_outside() -> Iterator[Outer]:
     """The meta-training that is done within."""
     outer = Outer()
     step, run, judge, weigh = MetaTrainer.step, TruncatedMetaGradient.run, Learning.judge, Learning._weighted
-    clip, advance = torch.nn.utils.clip_grad_norm_, outer_critic.gae
+    clip, advance = outer_loop.clip_norm, outer_critic.gae
     learn, inner_step = OuterCritic.learn, inner_loop.PlainInner.step
 
     def spied_step(self):
@@ -562,9 +564,17 @@ def spying_outside() -> Iterator[Outer]:
             outer.scales[name].append(float(((total - without).sum() / parts[name].sum()).detach()))
         return total, parts
 
-    def spied_clip(parameters, max_norm, *rest, **options):
+    def spied_clip(grads, max_norm):
         outer.norms.append(max_norm)
-        return clip(parameters, max_norm, *rest, **options)
+        return clip(grads, max_norm)
+
+    def spied_rule(step):
+        def spied(self, grads, state, eta, learning_rate):
+            if outer.trainer is not None and self is outer.trainer.rule:
+                outer.rates.append(learning_rate)
+            return step(self, grads, state, eta, learning_rate)
+
+        return spied
 
     def spied_gae(reward, value, next_value, terminated, truncated, gamma, gae_lambda):
         outer.advances.append((gamma, gae_lambda))
@@ -584,7 +594,8 @@ def spying_outside() -> Iterator[Outer]:
         patch.setattr(TruncatedMetaGradient, "run", spied_run)
         patch.setattr(Learning, "judge", spied_judge)
         patch.setattr(Learning, "_weighted", spied_weighted)
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", spied_clip)
+        patch.setattr(outer_loop, "clip_norm", spied_clip)
+        patch.setattr(Adam, "update", spied_rule(Adam.update))
         patch.setattr(outer_critic, "gae", spied_gae)
         patch.setattr(OuterCritic, "learn", spied_learn)
         patch.setattr(inner_loop.PlainInner, "step", spied_inner_step)
@@ -599,7 +610,7 @@ def half_life(outer: Outer) -> float:
 
 #: Path below a recipe -> where its value shows in meta-training.
 META: dict[str, Callable[[Any], Any]] = {
-    "train.learning_rate": lambda o: one(group["lr"] for group in o.trainer.optimizer.param_groups),
+    "train.learning_rate": lambda o: one(o.rates),
     "train.max_grad_norm": lambda o: one(o.norms),
     "train.estimator.window": lambda o: one(o.lengths),
     "train.loss.policy_entropy": lambda o: o.weights[0],

@@ -1,12 +1,11 @@
 """Estimators that look back through a window, on quadratics whose meta-gradient is known in closed form."""
 
 import copy
-import gc
 import math
-import weakref
 
 import pytest
 import torch
+from graphs import held_by_graphs
 from torch.testing import assert_close
 
 from experiments.oracles.quadratic import Quadratic
@@ -174,22 +173,9 @@ def test_rematerialising_changes_nothing_but_rounding(terms, data, per_lifetime)
 
 def peak(estimator):
     """The most tensors that graphs held at once."""
-    most, boxes = 0, weakref.WeakSet()
-
-    class Box:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-    def pack(tensor):
-        nonlocal most
-        boxes.add(box := Box(tensor))
-        most = max(most, len(boxes))
-        return box
-
-    gc.collect()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+    with held_by_graphs() as held:
         estimator(Quadratic(momentum=0.9), ETA)
-    return most
+    return held.most
 
 
 def test_rematerialising_holds_the_graph_of_one_update():

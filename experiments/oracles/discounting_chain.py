@@ -100,9 +100,8 @@ class DiscountingChain(Problem):
         theta, gamma = state["theta"], self.gamma(eta)
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            inner = (
-                theta if theta.requires_grad and graph else theta.detach().requires_grad_()
-            )  # stop: nobody looks back
+            followed = theta.requires_grad and graph
+            inner = theta if followed else theta.detach().requires_grad_()  # stop: nobody looks back
             loss = self._loss(inner, data, gamma, gamma)
             (gradient,) = torch.autograd.grad(loss.sum(), inner, create_graph=graph)
         zero = torch.zeros_like(loss)

@@ -1,4 +1,8 @@
-"""Recipes: what to meta-train, on what, with which settings. Each is a Python file that defines `RECIPE`."""
+"""Recipes: what to learn, on what, with which settings.
+
+A Python file of this folder defines `RECIPE`, which `learned-rl meta-train` runs, or `ONLINE`: lifetimes that
+`learned-rl train` runs, one for each method that is compared.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ import importlib
 import pkgutil
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from types import ModuleType
 from typing import Any
 
+from experiments.train import Train
 from learned_rl.component import Component
-from learned_rl.registry import components
+from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import unknown
 from learned_rl.types import at_least
 from meta_optimizers.estimators import estimator_config
+from meta_optimizers.self_tuning import SelfTuningConfig
 from meta_optimizers.trainer import MetaTrainConfig
 from meta_optimizers.truncated import UnrollConfig
 
@@ -73,11 +80,44 @@ class Recipe:
         return components()[self.component].from_config(self.settings)
 
 
+@dataclass(frozen=True)
+class OnlineRecipe:
+    """An agent's one lifetime: where, and with which settings."""
+
+    name: str
+    """of the recipe"""
+    about: str
+    """in one sentence"""
+    env: str
+    """gymnasium id or task family"""
+    train: Train
+    """settings; options of the command line win"""
+
+    def estimated_by(self, name: str) -> OnlineRecipe:
+        """The recipe with another estimator, at the settings that suit the environment.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        suited = SelfTuningConfig.suited(make_family(self.env).observation_space, name)
+        outer = replace(self.train.outer, estimator=suited.estimator)
+        return replace(self, train=replace(self.train, outer=outer))
+
+
+def _modules() -> list[ModuleType]:
+    return [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+
+
 @cache
 def recipes() -> dict[str, Recipe]:
-    """Every recipe of this folder, by name."""
-    modules = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
-    return {m.RECIPE.name: m.RECIPE for m in modules}
+    """Every recipe of this folder for meta-training, by name."""
+    return {m.RECIPE.name: m.RECIPE for m in _modules() if hasattr(m, "RECIPE")}
+
+
+@cache
+def online_recipes() -> dict[str, OnlineRecipe]:
+    """Every recipe of this folder for one lifetime, by name."""
+    return {each.name: each for m in _modules() for each in getattr(m, "ONLINE", ())}
 
 
 def get_recipe(name: str) -> Recipe:

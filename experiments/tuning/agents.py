@@ -134,6 +134,8 @@ def unread(config: PPOConfig, objective: Objective | None, observation_space: Gy
     found = {"prediction_coef"} if value else {*CRITIC, "normalize_advantage", "shared"}
     if not (clipped and math.isfinite(config.hyper.clip_range)):
         found.add("clip_range")
+    if objective is not None and objective.whole_rollouts:
+        found.add("n_minibatches")
     if len(observation_space.shape or ()) != 1:  # tables have no layers, and convolutions no trunk to share
         found |= {"shared"} if observation_space.shape else set(LAYERS)
     return found

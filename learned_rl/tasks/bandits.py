@@ -15,11 +15,11 @@ from gymnasium.spaces import Discrete
 from torch import Tensor
 
 from learned_rl.streams import Streams
-from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
+from learned_rl.tasks.base import BuiltInFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks
 
 
-class BanditFamily(TaskFamily):
+class BanditFamily(BuiltInFamily):
     """`bernoulli-K` (means uniform in [0, 1)) and `gaussian-K` (means standard normal, unit noise).
 
     Tasks are `{"mean": float [n, K]}`, in reward a pull. Every step is an episode; the observation is always 0.
@@ -45,15 +45,9 @@ class BanditFamily(TaskFamily):
         draw = torch.randn if self.gaussian else torch.rand
         return {"mean": draw(n, self.arms, generator=generator)}
 
-    def make(
-        self,
-        tasks: Tasks,
-        copies: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        streams: Streams | None = None,
-    ) -> BanditVectorEnv:
-        return BanditVectorEnv(self, tasks, copies, seed, device, streams)
+    @property
+    def vector_env(self) -> type[BanditVectorEnv]:
+        return BanditVectorEnv
 
     def optimal_return(self, tasks: Tasks) -> Tensor:
         """The best arm's mean."""

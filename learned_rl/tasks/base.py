@@ -86,6 +86,7 @@ class TaskFamily(ABC):
         observation_space: of one copy, without batch axes.
         action_space:      of one copy.
         max_episode_steps: upper bound on the length of an episode over all tasks, in environment steps.
+        continuing:        episodes never end: what counts is the reward per environment step.
     """
 
     name: ClassVar[str]
@@ -93,6 +94,7 @@ class TaskFamily(ABC):
     observation_space: gymnasium.Space
     action_space: gymnasium.Space
     max_episode_steps: int
+    continuing: bool = False
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tasks:
@@ -122,6 +124,34 @@ class TaskFamily(ABC):
     def optimal_return(self, tasks: Tasks) -> Tensor | None:
         """Exact best expected undiscounted return of one episode, `[n]`, where it can be computed; else None."""
         return None
+
+
+class BuiltInFamily(TaskFamily):
+    """A family of this package's kind: its environment is a `TaskVectorEnv`."""
+
+    @property
+    @abstractmethod
+    def vector_env(self) -> type[TaskVectorEnv]:
+        """The kind of its environment."""
+
+    def check(self, tasks: Tasks) -> Tasks:
+        """The tasks, if they are the family's own.
+
+        Raises:
+            UserError: they are another one's.
+        """
+        return tasks
+
+    def make(
+        self,
+        tasks: Tasks,
+        copies: int,
+        seed: int,
+        device: torch.device | str = "cpu",
+        streams: Streams | None = None,
+    ) -> TaskVectorEnv:
+        self.check(tasks)
+        return self.vector_env(self, tasks, copies, seed, device, streams)
 
 
 class TaskVectorEnv(VectorEnv):

@@ -16,11 +16,11 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from learned_rl.streams import Streams
-from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
+from learned_rl.tasks.base import BuiltInFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks, UserError
 
 
-class CatchFamily(TaskFamily):
+class CatchFamily(BuiltInFamily):
     """Catch on a board of `ROWSxCOLUMNS`, for instance `10x5`; sizes beyond the presets are welcome.
 
     All tasks are alike: `{"paddle": int64 [n]}` is the column where the paddle starts.
@@ -48,15 +48,9 @@ class CatchFamily(TaskFamily):
     def sample(self, n: int, generator: torch.Generator) -> Tasks:
         return {"paddle": torch.full((n,), self.columns // 2)}
 
-    def make(
-        self,
-        tasks: Tasks,
-        copies: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        streams: Streams | None = None,
-    ) -> CatchVectorEnv:
-        return CatchVectorEnv(self, tasks, copies, seed, device, streams)
+    @property
+    def vector_env(self) -> type[CatchVectorEnv]:
+        return CatchVectorEnv
 
     def optimal_return(self, tasks: Tasks) -> Tensor:
         """+1: every column can be reached in time."""

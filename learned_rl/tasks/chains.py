@@ -26,7 +26,7 @@ from gymnasium.spaces import Box, Discrete
 from torch import Tensor
 
 from learned_rl.streams import Streams
-from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
+from learned_rl.tasks.base import BuiltInFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks
 
 RANDOM_BITS = 20
@@ -48,7 +48,7 @@ _PRESETS = {
 }
 
 
-class ChainFamily(TaskFamily):
+class ChainFamily(BuiltInFamily):
     """Delayed chains; tasks are `{"length": int64 [n]}`, in environment steps.
 
     Observation: an index among `2 * longest` states: `c` at the start with context `c`, and
@@ -76,16 +76,9 @@ class ChainFamily(TaskFamily):
     def sample(self, n: int, generator: torch.Generator) -> Tasks:
         return {"length": torch.randint(self.chain.shortest, self.chain.longest + 1, (n,), generator=generator)}
 
-    def make(
-        self,
-        tasks: Tasks,
-        copies: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        streams: Streams | None = None,
-    ) -> ChainVectorEnv:
-        env = DistractorChainVectorEnv if self.chain.distractor else ChainVectorEnv
-        return env(self, tasks, copies, seed, device, streams)
+    @property
+    def vector_env(self) -> type[ChainVectorEnv]:
+        return DistractorChainVectorEnv if self.chain.distractor else ChainVectorEnv
 
     def optimal_return(self, tasks: Tasks) -> Tensor:
         """+1 for every task: the noise has mean zero."""

@@ -24,7 +24,7 @@ from gymnasium.spaces import Box, Discrete, Space
 from torch import Tensor
 
 from learned_rl.streams import Streams
-from learned_rl.tasks.base import TaskFamily, TaskVectorEnv, unknown
+from learned_rl.tasks.base import BuiltInFamily, TaskVectorEnv, unknown
 from learned_rl.types import Tasks
 
 Constants = dict[str, Tensor]
@@ -238,7 +238,7 @@ SYSTEMS: dict[str, type[System]] = {
 }
 
 
-class ControlFamily(TaskFamily):
+class ControlFamily(BuiltInFamily):
     """One mechanical system; tasks are its parameters, float64 `[n]` each, in SI units (see `System.parameters`).
 
     Args:
@@ -270,15 +270,9 @@ class ControlFamily(TaskFamily):
         factors = ((2 * draws - 1) * log_spread).exp()
         return {name: default * f for (name, default), f in zip(self.system.parameters.items(), factors, strict=True)}
 
-    def make(
-        self,
-        tasks: Tasks,
-        copies: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        streams: Streams | None = None,
-    ) -> ControlVectorEnv:
-        return ControlVectorEnv(self, tasks, copies, seed, device, streams)
+    @property
+    def vector_env(self) -> type[ControlVectorEnv]:
+        return ControlVectorEnv
 
 
 class ControlVectorEnv(TaskVectorEnv):

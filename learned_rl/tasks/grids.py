@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from learned_rl.streams import Streams
-from learned_rl.tasks.base import TaskFamily, TaskVectorEnv
+from learned_rl.tasks.base import BuiltInFamily, TaskVectorEnv
 from learned_rl.tasks.grid_solver import Layout, expected_return, grid_tables, has_bits, set_bits
 from learned_rl.types import Tasks, UserError
 
@@ -188,7 +188,7 @@ PRESETS: dict[str, FixedPreset | DrawnPreset] = {
 _PLANES = "-planes"
 
 
-class GridFamily(TaskFamily):
+class GridFamily(BuiltInFamily):
     """Grid worlds: five fixed layouts per task (`dense` ...), five random ones (`rand-...`), five drawn families.
 
     Actions of the drawn families: up, down, left, right, stay. Those of the fixed presets: the same five, then the
@@ -262,28 +262,19 @@ class GridFamily(TaskFamily):
         cells = key.topk(1 + self.layout.slots, largest=False).indices
         return tasks | {"start": cells[:, 0].clone(), "object_cell": cells[:, 1:].clone()}
 
-    def make(
-        self,
-        tasks: Tasks,
-        copies: int,
-        seed: int,
-        device: torch.device | str = "cpu",
-        streams: Streams | None = None,
-    ) -> GridVectorEnv:
-        self._check(tasks)
-        return (RandomGridVectorEnv if self.source.random else GridVectorEnv)(
-            self, tasks, copies, seed, device, streams
-        )
+    @property
+    def vector_env(self) -> type[GridVectorEnv]:
+        return RandomGridVectorEnv if self.source.random else GridVectorEnv
 
     def optimal_return(self, tasks: Tasks) -> Tensor | None:
         """Exact best expected return of one episode, undiscounted, `[n]`; None on the random grids."""
-        return None if self.source.random else expected_return(self._check(tasks), self.layout, best=True)
+        return None if self.source.random else expected_return(self.check(tasks), self.layout, best=True)
 
     def random_return(self, tasks: Tasks) -> Tensor | None:
         """Exact expected return of one episode under uniformly random actions, `[n]`; None on the random grids."""
-        return None if self.source.random else expected_return(self._check(tasks), self.layout, best=False)
+        return None if self.source.random else expected_return(self.check(tasks), self.layout, best=False)
 
-    def _check(self, tasks: Tasks) -> Tasks:
+    def check(self, tasks: Tasks) -> Tasks:
         layout = self.layout
         shape = tuple(tasks[key].shape[-1] if key in tasks else 0 for key in ("walls", "used"))
         if shape != (layout.cells, layout.slots) or ("start" in tasks) == self.source.random:

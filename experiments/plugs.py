@@ -1,0 +1,111 @@
+"""Options that say what goes into the slots, and with which settings."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+import tyro
+
+from experiments.options import listed
+from learned_rl.component import SLOTS, Component
+from learned_rl.registry import components
+from learned_rl.tasks.base import unknown
+from learned_rl.training import Plug
+from learned_rl.types import UserError
+
+
+@dataclass(frozen=True)
+class Plugged:
+    objective: str | None = None
+    """component file, or a registered name such as dpo; default: PPO's own"""
+    reward: str | None = None
+    """component file or registered name, such as lirpg, for the reward slot; default: the environment's reward"""
+    hyperparameters: str | None = None
+    """component file (such as a schedule) or registered name for the hyperparameters slot; default: constants"""
+    auxiliary: str | None = None
+    """component file or registered name for the auxiliary slot; default: nothing"""
+    optimizer: str | None = None
+    """component file or registered name for the optimizer slot; default: the config's rule"""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """a setting of the part in a slot, as SLOT.NAME=VALUE, such as reward.scale=0.1; as often as needed"""
+    self_tune: str | None = None
+    """numbers of the update that are learned online, separated by commas, such as gamma=0.9:1,ent_coef, where the
+    first one has bounds; by --hyperparameters, or else by self_tuned"""
+    learn: str | None = None
+    """slots whose parts are learned online, separated by commas, or none; default: those whose part is made for it"""
+
+    @property
+    def learned(self) -> list[str] | None:
+        """The slots that are learned online; None: those whose part is made for it."""
+        if self.learn is None:
+            return None
+        return [] if self.learn == "none" else listed(self.learn)
+
+
+def plugs(args: Plugged, linear_decay: bool) -> dict[str, Plug]:
+    """What goes into each slot: a name or a file, or what makes a part with settings of its own.
+
+    Args:
+        linear_decay: whether the learning rate falls over the lifetime, which a part that learns numbers must know.
+
+    Raises:
+        UserError: settings of a slot that is empty or holds a file, or that its part does not know.
+    """
+    settings: dict[str, dict[str, Any]] = {slot: {} for slot in SLOTS}
+    named: dict[str, str | None] = {slot: getattr(args, slot) for slot in SLOTS}
+    for word in args.set:
+        slot, _, name = word.partition("=")[0].partition(".")
+        if not (name and "=" in word):
+            raise UserError(f"--set has the word {word!r}: expected SLOT.NAME=VALUE, such as reward.scale=0.1.")
+        if slot not in SLOTS:
+            raise unknown("slot in --set", slot, SLOTS)
+        settings[slot][name] = _value(word.partition("=")[2])
+    if args.self_tune is not None:
+        kind = named["hyperparameters"] = args.hyperparameters or "self_tuned"
+        settings["hyperparameters"] |= _tuned(kind, listed(args.self_tune)) | {"linear_decay": linear_decay}
+    return {slot: _made(slot, named[slot], settings[slot]) if settings[slot] else named[slot] for slot in SLOTS}
+
+
+def _made(slot: str, name: str | None, settings: dict[str, Any]) -> Callable[[], Component]:
+    """What makes the registered part with these settings."""
+    if name is None or name not in components():
+        raise UserError(
+            f"--set has settings for the {slot} slot, which holds {name or 'its default'}: expected a name."
+        )
+    components()[name].from_config(settings)  # says what is wrong with them
+    return lambda: components()[name].from_config(settings)
+
+
+def _value(text: str) -> Any:
+    """A plain value as TOML writes it; a word that is none is itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _tuned(kind: str, words: list[str]) -> dict[str, Any]:
+    """Settings of a part that learns the numbers of --self-tune: their names, and bounds where NAME=LOW:HIGH.
+
+    Raises:
+        UserError: a part that learns no numbers it is told, or bounds that are none.
+    """
+    able = [n for n, c in components().items() if c.online and "numbers" in {f.name for f in fields(c.Config)}]
+    if kind not in able:
+        raise unknown("part for the numbers of --self-tune", kind, able)
+    numbers, bounds = [], {}
+    for word in words:
+        name, _, interval = word.partition("=")
+        numbers.append(name)
+        if interval or "=" in word:
+            try:
+                low, high = map(float, interval.split(":"))
+            except ValueError as error:
+                raise UserError(
+                    f"--self-tune has the word {word!r}: expected NAME=LOW:HIGH, as gamma=0.9:1."
+                ) from error
+            bounds[name] = (low, high)
+    return {"numbers": tuple(numbers)} | ({"bounds": bounds} if bounds else {})

@@ -1,0 +1,75 @@
+"""Two colours: an entropy weight that answers a world which changes every 100 000 steps.
+
+Flennerhag et al., "Bootstrapped Meta-Learning", 2022, arXiv:2109.04504, section 5.1, with the settings of Luketina et
+al., "Meta-Gradients in Non-Stationary Environments", CoLLAs 2022, where they are known: networks of 2 x 256 for policy
+and value, plain gradient steps of 0.1 every 16 steps, discount 0.99, and a network that reads the mean rewards of the
+last 10 rollouts and says the weight. Ours is the trace decay of 0.9 (published variants have 0 and 1).
+
+The three methods differ in what moves the weight: nothing, the meta-gradient of the policy's loss with a bonus for
+entropy (MG), or the distance to where the learner gets (BMG).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from experiments.recipes import OnlineRecipe
+from experiments.train import Train
+from learned_rl.agents import AgentConfig
+from learned_rl.component import Hyper
+from learned_rl.ppo import PPOConfig
+from meta_optimizers.bootstrapped import BootstrappedConfig
+from meta_optimizers.learning import OuterLossConfig
+from meta_optimizers.outer_critic import OuterCriticConfig
+from meta_optimizers.self_tuning import SelfTuningConfig
+from meta_optimizers.truncated import TruncatedConfig
+
+_NUMBERS = Hyper(
+    learning_rate=0.1,
+    gamma=0.99,
+    gae_lambda=0.9,
+    clip_range=math.inf,
+    vf_coef=1.0,
+    ent_coef=0.1,
+    max_grad_norm=math.inf,
+)
+_AGENT = PPOConfig(
+    n_envs=1,
+    n_steps=16,
+    n_epochs=1,
+    n_minibatches=1,
+    optimizer="sgd",
+    normalize_advantage=False,
+    hyper=_NUMBERS,
+    agent=AgentConfig(hidden=(256, 256), activation="relu"),
+)
+_FIXED = Train(config=_AGENT, steps=2_000_000, seeds=8, checkpoints=200)
+_OUTER = SelfTuningConfig(
+    learning_rate=3e-3,
+    eps=1e-4,
+    max_grad_norm=math.inf,
+    critic=OuterCriticConfig(source="agent", gamma=0.99, gae_lambda=0.9, normalize=False),
+)
+_BMG = replace(
+    _OUTER,
+    estimator=BootstrappedConfig(window=6, bootstrap=8, outer_data="fresh_reuse"),
+    loss=OuterLossConfig(policy_entropy=0.0),
+)
+_MG = replace(
+    _OUTER,
+    estimator=TruncatedConfig(window=6, outer_data="fresh_reuse", outer_terms="last"),
+    loss=OuterLossConfig(policy_entropy=0.1),
+)
+_LEARNED = replace(_FIXED, hyperparameters="contextual", self_tune="ent_coef", set=("hyperparameters.normalise=false",))
+
+
+def _recipe(method: str, about: str, train: Train) -> OnlineRecipe:
+    return OnlineRecipe(f"two-colours-{method}", about, "two_colours", replace(train, label=method))
+
+
+ONLINE = (
+    _recipe("fixed", "a fixed entropy weight, --config.hyper.ent-coef", _FIXED),
+    _recipe("mg", "an entropy weight learned by meta-gradient, from recent rewards", replace(_LEARNED, outer=_MG)),
+    _recipe("bmg", "the same by bootstrapped meta-gradient", replace(_LEARNED, outer=_BMG)),
+)

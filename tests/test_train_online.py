@@ -1,0 +1,110 @@
+"""`learned-rl train` with parts that are learned online: what it writes, logs and shows; recipes of one lifetime."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import experiments.train
+from experiments.cli import main
+from experiments.recipes import online_recipes
+from experiments.report import tuned_figure
+from experiments.runs import SCORES, read_metrics
+from experiments.single_task import alternating, discounting_chain
+from learned_rl import artifacts
+
+TINY = shlex.split(
+    "--steps 960 --checkpoints 3 --episodes 1 --config.n-steps 16 --config.n-envs 4 --config.agent.hidden 8"
+)
+
+
+@pytest.fixture
+def learned(monkeypatch, tmp_path):
+    """Runs the command line in a folder of its own, which is returned."""
+
+    def run(*words: str):
+        monkeypatch.setattr(sys, "argv", ["learned-rl", "train", *words, "--out", str(tmp_path / "run")])
+        main()
+        return tmp_path / "run"
+
+    return run
+
+
+def scores(folder) -> list[dict[str, str]]:
+    with (folder / SCORES).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_shows_and_keeps_what_was_learned(learned):
+    words = "control/cartpole --seeds 3 --self-tune gamma=0.9:1,entropy_cost --reward lirpg --set reward.scale=0.5"
+    folder = learned(*words.split(), "--config.hyper.ent-coef", "0.01", "--outer.learning-rate", "0.1", *TINY)
+    found = read_metrics(folder)
+    for name, base in (("gamma", 0.99), ("ent_coef", 0.01)):
+        middle, low, high = (found[f"tuned/{name}{end}"][1] for end in ("", "_low", "_high"))
+        assert middle[0] == pytest.approx(base, rel=1e-5) and middle[-1] != middle[0]
+        assert (low <= middle + 1e-6).all() and (middle <= high + 1e-6).all() and (high > low)[-1]
+    assert tuned_figure(folder) is not None and (folder / "figures" / "tuned.png").exists()
+    assert {row["method"] for row in scores(folder)} == {"ppo+lirpg+self_tuned"}
+    parts = {path.name for path in (folder / "components").iterdir()}
+    assert parts == {f"{slot}-{i}.safetensors" for slot in ("reward", "hyperparameters") for i in range(3)}
+    rewards = [artifacts.load(folder / "components" / f"reward-{i}.safetensors") for i in range(3)]
+    assert rewards[0].config.scale == 0.5 and rewards[0].provenance["agent"] == 0
+    assert not any(torch.equal(a, b) for a, b in zip(rewards[0].parameters(), rewards[1].parameters(), strict=True))
+
+
+def test_what_was_learned_serves_as_it_is(learned, tmp_path):
+    folder = learned("control/cartpole", "--reward", "lirpg", *TINY)
+    file = folder.rename(tmp_path / "first") / "components" / "reward-0.safetensors"
+    again = learned("control/cartpole", "--reward", str(file), "--learn", "none", *TINY)
+    assert not (again / "components").exists() and tuned_figure(again) is None
+
+
+def test_where_episodes_do_not_end_the_reward_of_a_step_counts(learned):
+    folder = learned("two_colours", "--seeds", "2", "--label", "mine", *TINY)
+    rows, steps = scores(folder), read_metrics(folder)["train/reward"]
+    assert {row["suite"] for row in rows} == {"two_colours, reward per step"} and {r["method"] for r in rows} == {
+        "mine"
+    }
+    assert sorted({int(row["step"]) for row in rows}) == [320, 640, 960]
+    whole = np.mean([float(row["return"]) for row in rows])
+    assert whole == pytest.approx(steps[1].mean(), abs=1e-6)  # both are all rewards over all steps
+
+
+def test_a_long_run_records_means(learned, monkeypatch):
+    every = read_metrics(learned("control/cartpole", *TINY))["train/value_loss"]
+    monkeypatch.setattr(experiments.train, "ROWS", 3)
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], sys.argv[-1] + "-thin"])
+    main()
+    thin = read_metrics(Path(sys.argv[-1]))["train/value_loss"]
+    assert thin[0].tolist() == [320, 640, 960] and len(every[0]) == 15
+    assert thin[1] == pytest.approx(every[1].reshape(3, 5).mean(1), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", online_recipes())
+def test_a_recipe_runs(learned, name):
+    folder = learned(name, "--steps", "600", "--seeds", "2", "--checkpoints", "2", "--episodes", "1")
+    assert len({row["step"] for row in scores(folder)}) >= 2
+
+
+def test_discounts_fall_into_noise_and_rise_into_signal():
+    """In expectation over many passes, after a few hundred meta-steps; the whole experiment is 10 000 of one pass."""
+    trained = alternating.trainer(lifetimes=256, seed=0)
+    for _ in range(150):
+        trained.step()
+    found = alternating.discounts(trained)
+    noise, signal = found[1::2], found[0::2]
+    assert noise.max() < signal.min()
+
+
+def test_the_chain_writes_its_curves(tmp_path):
+    args = discounting_chain.Chain(exact=4, drawn=2, seeds=2, episodes=8, every=2, out=tmp_path)
+    discounting_chain.main(args)
+    with (tmp_path / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * (2 * 1 + 1 * 2) and (tmp_path / "curves.png").exists()

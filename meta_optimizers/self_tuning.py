@@ -113,7 +113,8 @@ class SelfTuning(PPO):
     def _begin(self, outer: SelfTuningConfig, fresh: dict[str, bool], seed: int) -> None:
         """The outer loop around the agents; for each slot, whether the seeds begin with other weights."""
         slots = self.algorithm.slots
-        if blind := [k for k in slots.hyperparameters.tuned if k in slots.objective.insensitive]:
+        numbers = slots.hyperparameters.tuned if "hyperparameters" in self.learned else ()
+        if blind := [k for k in numbers if k in slots.objective.insensitive]:
             raise UserError(
                 f"{blind[0]} cannot be learned with {slots.objective.name!r}, which has no derivative by it: expected "
                 "an objective that has one, such as 'ppo_soft_clip'."

@@ -420,7 +420,7 @@ def carried(agent):
     "estimator, early, late",
     [
         pytest.param("truncated", 200, 1000, marks=pytest.mark.slow),
-        *((name, 3, 12) for name in ALONE),
+        *((name, 3, 9) for name in ALONE),
     ],
 )
 def test_memory_is_constant(estimator, early, late):
@@ -483,6 +483,12 @@ def test_what_cannot_be_learned_is_refused(settings, said):
     with pytest.raises(UserError, match=said) as error:
         online(config=WHOLE_ROLLOUTS, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_a_number_without_a_derivative_may_be_there_and_not_be_learned():
+    parts = {"hyperparameters": tuned("clip_range"), "reward": "lirpg"}
+    assert online(learned=["reward"], **parts).learned == ["reward"]
+    assert online(objective="ppo_soft_clip", **parts).learned == ["reward", "hyperparameters"]
 
 
 @pytest.mark.parametrize(

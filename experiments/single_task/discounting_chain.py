@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 import tyro
+from matplotlib.artist import Artist
 from torch import nn
 
-from experiments.figures import COLOURS, panels, save_figure
+from experiments.figures import COLOURS, legend, panels, save_figure
 from experiments.oracles.discounting_chain import DiscountingChain
 from experiments.threads import set_threads
 from meta_optimizers.bootstrapped import Bootstrapped, BootstrappedConfig
@@ -69,6 +70,7 @@ def main(args: Chain) -> None:
     runs = {"exact": (args.exact, {}), "drawn, normalised": (args.drawn, drawn)}
     args.out.mkdir(parents=True, exist_ok=True)
     figure, axes = panels(2 * len(runs), columns=2)
+    handles: dict[str, Artist] = {}
     with (args.out / "curves.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["data", "variant", "meta-step", "seed", "return", "gamma"])
@@ -83,9 +85,9 @@ def main(args: Chain) -> None:
                 mean = torch.stack(curves).mean(1)  # [marks, return and gamma]
                 print(f"{data}: {variant} ends at return {mean[-1, 0]:.4f}, gamma {mean[-1, 1]:.3f}", flush=True)
                 for ax, column, name in zip(beside, mean.T, ("return", "gamma"), strict=True):
-                    ax.plot(at, column, color=colour, label=variant, ls="--" if variant == "A2C" else "-")
+                    (handles[variant],) = ax.plot(at, column, color=colour, ls="--" if variant == "A2C" else "-")
                     ax.set(title=f"{name}, {data}", xlabel="meta-steps")
-    axes[0].legend(frameon=False)
+    legend(figure, handles)
     save_figure(figure, args.out / "curves.png")
     print(f"figure: {args.out / 'curves.png'}")
 

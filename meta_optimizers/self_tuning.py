@@ -32,6 +32,10 @@ from meta_optimizers.outer_critic import OuterCriticConfig
 from meta_optimizers.outer_loop import OuterConfig, OuterLoop
 from meta_optimizers.truncated import TruncatedConfig
 
+#: Critics that suit networks, where an epoch costs as much as an update of A2C, and tables.
+NETWORK = OuterCriticConfig(source="auto", learning_rate=1e-3, epochs=2)
+TABLE = OuterCriticConfig(source="auto", learning_rate=0.05)
+
 
 @dataclass(frozen=True)
 class SelfTuningConfig(OuterConfig):
@@ -41,7 +45,7 @@ class SelfTuningConfig(OuterConfig):
     """how the direction of the meta-parameters is estimated; --estimator NAME chooses another one"""
     loss: OuterLossConfig = field(default_factory=lambda: OuterLossConfig(policy_entropy=0.0))
     """how agents are judged: the frozen numbers that no learned one can move"""
-    critic: OuterCriticConfig = field(default_factory=lambda: OuterCriticConfig(source="auto", learning_rate=1e-3))
+    critic: OuterCriticConfig = field(default_factory=lambda: NETWORK)
     """how the outer loss values states"""
 
     @classmethod
@@ -59,8 +63,7 @@ class SelfTuningConfig(OuterConfig):
             UserError: no such estimator.
         """
         tabular = isinstance(observation_space, Discrete)
-        critic = OuterCriticConfig(source="auto", learning_rate=0.05 if tabular else 1e-3)
-        base = cls(learning_rate=learning_rate, critic=critic)
+        base = cls(learning_rate=learning_rate, critic=TABLE if tabular else NETWORK)
         if estimator is None:
             return base
         config = estimator_config(estimator)

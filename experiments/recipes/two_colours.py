@@ -55,7 +55,7 @@ _OUTER = SelfTuningConfig(
 )
 _BMG = replace(
     _OUTER,
-    eps=1e-6,
+    eps=1e-5,
     estimator=BootstrappedConfig(window=6, bootstrap=2, outer_data="fresh_reuse", states="ahead"),
     loss=OuterLossConfig(policy_entropy=0.0),
 )
@@ -64,7 +64,7 @@ _MG = replace(
     estimator=TruncatedConfig(window=6, outer_data="fresh_reuse", outer_terms="last"),
     loss=OuterLossConfig(policy_entropy=0.1),
 )
-_LEARNED = replace(_FIXED, hyperparameters="contextual", self_tune="ent_coef", set=("hyperparameters.hidden=[64,64]",))
+_LEARNED = replace(_FIXED, hyperparameters="contextual", self_tune="ent_coef=0:0.3", set=("hyperparameters.hidden=[64,64]",))
 
 
 def _recipe(method: str, about: str, train: Train) -> OnlineRecipe:

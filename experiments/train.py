@@ -22,7 +22,7 @@ from learned_rl import PPOConfig, __version__, artifacts
 from learned_rl.component import SLOTS, Objective
 from learned_rl.evaluation import Curves
 from learned_rl.lifetimes import under
-from learned_rl.registry import components, make_family
+from learned_rl.registry import make_family
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError, at_least
 from meta_optimizers.self_tuning import SelfTuning, SelfTuningConfig
@@ -217,18 +217,19 @@ def suited(env: str, words: Sequence[str], estimator: str | None = None) -> Trai
 
     The settings decide what their own options' defaults are, so these options are read first.
     """
-    options = ("--objective", "--preset", "--self-tune", *(f"--{slot}" for slot in SLOTS[1:]))
+    options = ("--preset", "--self-tune", "--learn", *(f"--{slot}" for slot in SLOTS))
     named = {option: early_option(option, "a value", words)[0] for option in options}
     space = make_family(env).observation_space
     if named["--self-tune"] is not None:
         named["--hyperparameters"] = named["--hyperparameters"] or "self_tuned"
-    parts = [components().get(named[f"--{slot}"] or "") for slot in SLOTS]
-    rates = [part.outer_rate for part in parts if part is not None and part.online]
+    parts = {slot: artifacts.get(name) for slot in SLOTS if (name := named[f"--{slot}"]) is not None}
+    chosen = Plugged(learn=named["--learn"]).learned
+    rates = [p.outer_rate for slot, p in parts.items() if (p.online if chosen is None else slot in chosen)]
     outer = SelfTuningConfig.suited(space, estimator, min(rates, default=SelfTuningConfig.learning_rate))
     if (preset := named["--preset"]) is not None:
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
         return Train(config=PPOConfig.a2c(), outer=outer)
-    objective = artifacts.get(named["--objective"]) if named["--objective"] else None
+    objective = parts.get("objective")
     suits = PPOConfig.suited(objective if isinstance(objective, Objective) else None, space)
     return Train(config=suits, outer=outer)

@@ -14,10 +14,15 @@ import torch
 import experiments.train
 from experiments.cli import main
 from experiments.recipes import online_recipes
-from experiments.report import tuned_figure
+from experiments.report import append_scores, tuned_figure
 from experiments.runs import SCORES, read_metrics
-from experiments.single_task import alternating, discounting_chain
+from experiments.single_task import alternating, discounting_chain, two_colours
 from learned_rl import artifacts
+from learned_rl.evaluation import Curves
+from meta_optimizers.self_tuning import SelfTuningConfig
+from objectives.lirpg import LIRPG
+from objectives.lpg import LPG
+from objectives.self_tuned import SelfTuned
 
 TINY = shlex.split(
     "--steps 960 --checkpoints 3 --episodes 1 --config.n-steps 16 --config.n-envs 4 --config.agent.hidden 8"
@@ -108,3 +113,39 @@ def test_the_chain_writes_its_curves(tmp_path):
     with (tmp_path / "curves.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 5 * (2 * 1 + 1 * 2) and (tmp_path / "curves.png").exists()
+
+
+def test_the_weight_around_switches_is_read_from_runs(tmp_path):
+    """Two phases of 100 000 steps and a half; the weight is 0.1 but for 20 000 steps after each switch, where it is
+    0.2; what was collected is known exactly."""
+    steps = np.arange(1000, 250_001, 1000)
+    weight = np.where((steps > 100_000) & ((steps - 1) % 100_000 < 20_000), 0.2, 0.1)
+    rows = [f"{step},tuned/ent_coef,{w}\n" for step, w in zip(steps, weight, strict=True)]
+    curves = Curves(np.array([100_000, 250_000]), np.array([[[0.1, 0.1, 0.1, 0.1]], [[0.2, 0.2, 0.2, 0.4]]]))
+    for name in ("fixed", "mg"):
+        run = tmp_path / name
+        run.mkdir()
+        append_scores(run / SCORES, "two_colours, reward per step", name, curves)
+        (run / "metrics.csv").write_text("step,tag,value\n" + "".join(rows if name == "mg" else rows[:0]))
+    args = two_colours.TwoColours((tmp_path / "fixed", tmp_path / "mg"), out=tmp_path / "out")
+    two_colours.main(args)
+    with (tmp_path / "out" / "totals.csv").open() as file:
+        fixed, learned = csv.DictReader(file)
+    assert [float(row["total"]) for row in (fixed, learned)] == [40_000, 40_000] and fixed["weight after"] is None
+    assert (learned["weight before"], learned["weight after"], learned["higher"]) == ("0.1000", "0.2000", "2 of 2")
+    assert (tmp_path / "out" / "two_colours.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ("", SelfTuningConfig.learning_rate),
+        ("--reward lirpg", LIRPG.outer_rate),
+        ("--self-tune gamma", SelfTuned.outer_rate),
+        ("--self-tune gamma --reward lirpg", LIRPG.outer_rate),
+        ("--self-tune gamma --reward lirpg --learn hyperparameters", SelfTuned.outer_rate),
+        ("--objective lpg --learn objective --self-tune gamma", LPG.outer_rate),
+    ],
+)
+def test_the_outer_learning_rate_suits_what_is_learned(words, rate):
+    assert experiments.train.suited("control/cartpole", words.split()).outer.learning_rate == rate

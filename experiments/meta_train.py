@@ -186,7 +186,8 @@ def meta_train(args: MetaTrain, command: list[str], group: Group | None = None) 
         group: the processes over which the lifetimes are spread; each of them must come here.
 
     Raises:
-        UserError: settings that cannot be, a folder that cannot be used, a process that is lost.
+        UserError: settings that cannot be, a folder that cannot be used, a process that is lost, a run in which no
+                   meta-gradient was finite.
         KeyboardInterrupt: it was interrupted, and saved; in processes that follow another, SystemExit.
     """
     recipe, group = args.recipe, group or Group()
@@ -216,6 +217,7 @@ def meta_train(args: MetaTrain, command: list[str], group: Group | None = None) 
         if session.validated != trainer.steps:
             session.validate()
         session.checkpoint()
+    trainer.check_moved()
     return folder / ARTIFACT
 
 

@@ -176,7 +176,12 @@ class _Session:
 
 
 def train(env: str, args: Train, command: list[str]) -> Path:
-    """Train, evaluate along the way, write the report; returns its path."""
+    """Train, evaluate along the way, write the report; returns its path.
+
+    Raises:
+        UserError: settings that cannot be, a folder that cannot be used, a run in which nothing that was to be learned
+                   moved.
+    """
     session = _Session(env, args)  # before the folder: what cannot be built leaves none
     method = args.label or session.method()
     out = args.out or default_folder("runs", f"{method}-{env.replace('/', '-')}", args.seed)
@@ -206,7 +211,10 @@ def train(env: str, args: Train, command: list[str]) -> Path:
     curves = Curves(np.array(session.steps), np.stack(session.returns)[:, None])
     suite = f"{env}, reward per step" if session.agent.family.continuing else env
     append_scores(run.path / SCORES, suite, method, curves, None)
-    return conclude(run.path, FIGURE)
+    report = conclude(run.path, FIGURE)
+    if session.agent.outer is not None:
+        session.agent.outer.check_moved()
+    return report
 
 
 PRESETS = ("a2c",)

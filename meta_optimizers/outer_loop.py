@@ -82,6 +82,7 @@ class OuterLoop:
         self.rule: UpdateRule = Adam(AdamConfig(beta1=c.beta1, eps=c.eps)) if c.optimizer == "adam" else SGD()
         self._state = self.rule.initial_state(self._rows())
         self.steps = 0
+        self._tried = self._moved = 0  # meta-steps of this process, and those in which eta moved
         self.seen: Metrics = {}  # name -> [P], of the last step
         self._before: Tensor | None = None  # the last gradients, to compare with
 
@@ -90,7 +91,10 @@ class OuterLoop:
         self.problem.meta_step = self.steps
         estimate = self.estimator(self.problem, self.present)
         self.seen = estimate.seen
-        metrics = estimate.metrics | self._follow(estimate)
+        followed = self._follow(estimate)
+        self._tried += 1
+        self._moved += followed["skipped"] < 1
+        metrics = estimate.metrics | followed
         anew = self.problem.renew(estimate.broken)
         anywhere, broken = self.problem.group.sum(torch.stack([anew.sum(), estimate.broken.sum()])).tolist()
         self.estimator.begin(anew, elsewhere=anywhere > 0)
@@ -131,6 +135,14 @@ class OuterLoop:
         step, state = self.rule.update(clipped, self._state, self._rows(), rate)
         self._state = {k: select_rows(whole, v, self._state[k]) for k, v in state.items()}
         return select_rows(whole, step, torch.zeros_like(step)), metrics
+
+    def check_moved(self) -> None:
+        """Raises `UserError` if every meta-step so far was skipped; to ask when a run has ended."""
+        if self._tried and not self._moved:
+            raise UserError(
+                f"The meta-gradient was finite in none of {self._tried} meta-steps, and what was to be learned is as "
+                "it was: expected agents that do not break, as with a smaller learning_rate or max_grad_norm of theirs."
+            )
 
     @property
     def present(self) -> Eta:

@@ -383,7 +383,10 @@ def test_when_every_lifetime_is_broken_the_step_is_skipped():
     metrics = t.step()
     assert metrics["broken"] == P and metrics["skipped"] == 1
     assert all(torch.equal(a, b) for a, b in zip(eta, t.eta.values(), strict=True))
+    with pytest.raises(UserError, match="finite in none of 1 meta-steps"):
+        t.check_moved()
     assert t.step()["skipped"] == 0
+    t.check_moved()
 
 
 def test_a_broken_lifetime_does_not_disturb_plain_training():

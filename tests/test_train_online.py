@@ -63,6 +63,12 @@ def test_a_run_shows_and_keeps_what_was_learned(learned):
     assert not any(torch.equal(a, b) for a, b in zip(rewards[0].parameters(), rewards[1].parameters(), strict=True))
 
 
+def test_a_run_in_which_nothing_could_be_learned_says_so_and_is_kept(learned, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        learned("control/cartpole", "--self-tune", "gamma", "--config.hyper.learning-rate", "1e30", *TINY)
+    assert "none of" in capsys.readouterr().err and (tmp_path / "run" / "report.html").exists()
+
+
 def test_what_was_learned_serves_as_it_is(learned, tmp_path):
     folder = learned("control/cartpole", "--reward", "lirpg", *TINY)
     file = folder.rename(tmp_path / "first") / "components" / "reward-0.safetensors"

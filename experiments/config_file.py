@@ -70,10 +70,19 @@ def read_config(path: Path, defaults: Any) -> Any:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no TOML file: {error}.") from error
+    return configured(defaults, values, str(path))
+
+
+def configured(defaults: Any, values: dict[str, Any], source: str) -> Any:
+    """`defaults` (a dataclass) with values as TOML has them.
+
+    Raises:
+        UserError: a setting that does not exist, or a value of another kind; it begins with the `source`.
+    """
     try:
         return replaced(defaults, dict(_leaves(values, defaults)))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from experiments.config_file import configured
 from experiments.options import listed
 from learned_rl.component import SLOTS, Component
 from learned_rl.registry import components
@@ -63,9 +64,15 @@ def plugs(args: Plugged, linear_decay: bool) -> dict[str, Plug]:
         if slot not in SLOTS:
             raise unknown("slot in --set", slot, SLOTS)
         settings[slot][name] = _value(word.partition("=")[2])
+    numbers = settings["hyperparameters"]
     if args.self_tune is not None:
         kind = named["hyperparameters"] = args.hyperparameters or "self_tuned"
-        settings["hyperparameters"] |= _tuned(kind, listed(args.self_tune)) | {"linear_decay": linear_decay}
+        told = _tuned(kind, listed(args.self_tune))
+        if twice := [k for k in told if k in numbers]:
+            raise UserError(f"--self-tune and --set both say hyperparameters.{twice[0]}: expected one of them.")
+        numbers |= told
+    if linear_decay and "linear_decay" in _known(named["hyperparameters"]):
+        numbers.setdefault("linear_decay", True)
     return {slot: _made(slot, named[slot], settings[slot]) if settings[slot] else named[slot] for slot in SLOTS}
 
 
@@ -75,8 +82,16 @@ def _made(slot: str, name: str | None, settings: dict[str, Any]) -> Callable[[],
         raise UserError(
             f"--set has settings for the {slot} slot, which holds {name or 'its default'}: expected a name."
         )
-    components()[name].from_config(settings)  # says what is wrong with them
-    return lambda: components()[name].from_config(settings)
+    part = components()[name]
+    if wrong := [k for k in settings if k not in _known(name)]:
+        raise unknown(f"setting of {name}", wrong[0], _known(name))
+    config = configured(part.Config(), settings, f"settings of {name}")
+    return lambda: part(config)
+
+
+def _known(name: str | None) -> list[str]:
+    """Names of the settings of a registered part."""
+    return [f.name for f in fields(components()[name].Config)] if name in components() else []
 
 
 def _value(text: str) -> Any:
@@ -93,7 +108,7 @@ def _tuned(kind: str, words: list[str]) -> dict[str, Any]:
     Raises:
         UserError: a part that learns no numbers it is told, or bounds that are none.
     """
-    able = [n for n, c in components().items() if c.online and "numbers" in {f.name for f in fields(c.Config)}]
+    able = [n for n, c in components().items() if c.online and "numbers" in _known(n)]
     if kind not in able:
         raise unknown("part for the numbers of --self-tune", kind, able)
     numbers, bounds = [], {}

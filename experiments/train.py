@@ -79,7 +79,7 @@ class _Session:
         many = {"seeds": args.seeds, "seed": args.seed, "device": args.device}
         self.agent = SelfTuning(env, args.config, learned=args.learned, outer=args.outer, **many, **plugged)  # type: ignore[arg-type]
         defaults = SelfTuningConfig(), SelfTuningConfig.suited(self.agent.family.observation_space)
-        if not self.agent.learned and args.outer not in defaults:
+        if not self.agent.learned and args.learned != [] and args.outer not in defaults:
             raise UserError(
                 "--outer and --estimator say how parts are learned online, and none is: expected --self-tune, or a "
                 "part that is made for it, such as --reward lirpg."

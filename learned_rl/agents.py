@@ -395,7 +395,8 @@ def make_agent(
     if isinstance(observation_space, Discrete):
         if conditions:
             raise UserError(
-                f"A tabular agent cannot be told {', '.join(conditions)}: expected vectors or images to see."
+                f"A tabular agent cannot be told {', '.join(conditions)}: expected vectors or images to see, or a part "
+                "that tells it nothing (of 'mgrl': embedding=false)."
             )
         return TabularAgent(int(observation_space.n), policy, heads, value)
     if kind == "conv":

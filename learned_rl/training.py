@@ -136,12 +136,18 @@ class PPO:
         recent = torch.zeros(len(self._recent), WINDOW, 3, dtype=torch.float64)  # rows without episodes are empty
         for rows, kept in zip(recent, self._recent, strict=True):
             rows[: len(kept)] = torch.tensor(list(kept), dtype=rows.dtype).reshape(-1, 3)
-        own = {"steps": torch.tensor(self.steps), "recent": recent}
-        return own | {f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()}
+        return {"steps": torch.tensor(self.steps), "recent": recent} | self._inner_state()
 
     def load_state_dict(self, state: Tree) -> None:
         self.steps = int(state["steps"])
         self._recent = [deque((c, r, n) for c, r, n in rows[rows[:, 0] > 0].tolist()) for rows in state["recent"]]
+        self._load_inner_state(state)
+
+    def _inner_state(self) -> Tree:
+        """State of what `_advance` moves."""
+        return {f"lifetimes/{k}": v for k, v in self.lifetimes.state_dict().items()}
+
+    def _load_inner_state(self, state: Tree) -> None:
         self.lifetimes.load_state_dict(under("lifetimes", state))
 
 

@@ -166,14 +166,16 @@ class Learning(Problem):
         return ended
 
     def step(self, state: Tree, data: Tree, eta: Eta) -> Moved:
-        """One update. A lifetime that is not finite, or does not come out of the update finite, leaves it as NaN."""
+        """One update. A lifetime that is not finite, or does not come out of the update finite, leaves it as NaN; one
+        that only its judge has no finite number for goes on, with a NaN for its loss."""
         alive = self._alive(state, data)
-        moved = self._step(state, data, eta, alive)
-        whole = finite(moved.state["theta"]) & moved.loss.isfinite()
-        return moved if torch.equal(whole, alive) else self._step(state, data, eta, whole)
+        moved = self._step(state, data, eta, alive, alive)
+        whole = finite(moved.state["theta"])
+        judged = whole & moved.loss.isfinite()
+        return moved if torch.equal(judged, alive) else self._step(state, data, eta, whole, judged)
 
-    def _step(self, state: Tree, data: Tree, eta: Eta, alive: Tensor) -> Moved:
-        """A step in which those that are not alive take no part."""
+    def _step(self, state: Tree, data: Tree, eta: Eta, alive: Tensor, judged: Tensor) -> Moved:
+        """A step in which those that are not alive take no part, and of which the `judged` ones are."""
         graph = torch.is_grad_enabled()
         slots = self._slots(eta if graph else eta.map(torch.Tensor.detach))  # stop: nobody looks back
         state, data = self._cleared(state, data, alive)
@@ -184,7 +186,8 @@ class Learning(Problem):
         with torch.enable_grad():  # an inner gradient in either case
             record = algorithm.update(inner, _trajectory(data), context, self.lives.hyper, generator)
         out = record.out.map(lambda x: x[:-1])
-        loss, parts = self._loss(out, data)
+        loss, parts = self._loss(out, self._cleared(state, data, judged)[1])
+        loss = loss if torch.equal(judged, alive) else torch.where(judged | ~alive, loss, torch.nan)
         penalty, terms = self._weighted(slots.objective.target_regularisers(record.batch), loss)
         theta = inner.theta if bool(alive.all()) else torch.where(alive[:, None], inner.theta, torch.nan)
         after = {"theta": theta, "age": state["age"] + 1} | _named("optimizer", inner.state)

@@ -82,7 +82,7 @@ class OuterLoop:
         self.rule: UpdateRule = Adam(AdamConfig(beta1=c.beta1, eps=c.eps)) if c.optimizer == "adam" else SGD()
         self._state = self.rule.initial_state(self._rows())
         self.steps = 0
-        self._tried = self._moved = 0  # meta-steps of this process, and those in which eta moved
+        self.moved = False  # whether eta ever did
         self.seen: Metrics = {}  # name -> [P], of the last step
         self._before: Tensor | None = None  # the last gradients, to compare with
 
@@ -92,8 +92,7 @@ class OuterLoop:
         estimate = self.estimator(self.problem, self.present)
         self.seen = estimate.seen
         followed = self._follow(estimate)
-        self._tried += 1
-        self._moved += followed["skipped"] < 1
+        self.moved = self.moved or followed["skipped"] < 1
         metrics = estimate.metrics | followed
         anew = self.problem.renew(estimate.broken)
         anywhere, broken = self.problem.group.sum(torch.stack([anew.sum(), estimate.broken.sum()])).tolist()
@@ -138,9 +137,9 @@ class OuterLoop:
 
     def check_moved(self) -> None:
         """Raises `UserError` if every meta-step so far was skipped; to ask when a run has ended."""
-        if self._tried and not self._moved:
+        if self.steps and not self.moved:
             raise UserError(
-                f"The meta-gradient was finite in none of {self._tried} meta-steps, and what was to be learned is as "
+                f"The meta-gradient was finite in none of {self.steps} meta-steps, and what was to be learned is as "
                 "it was: expected agents that do not break, as with a smaller learning_rate or max_grad_norm of theirs."
             )
 
@@ -167,9 +166,8 @@ class OuterLoop:
             return {}
         axes = {k: estimator.axis(k, self.problem) for k in carried[0]}
         # stop: saved values
-        state: Tree = {"steps": torch.tensor(self.steps)} | {
-            f"eta/{k}": p.detach().clone() for k, p in self.eta.items()
-        }
+        state: Tree = {"steps": torch.tensor(self.steps), "moved": torch.tensor(self.moved)}
+        state |= {f"eta/{k}": p.detach().clone() for k, p in self.eta.items()}
         state |= {} if self._before is None else {"before": self._before.clone()}
         state |= {f"optimizer/{k}": v.clone() for k, v in self._state.items()}
         for k, axis in axes.items():
@@ -180,7 +178,7 @@ class OuterLoop:
     def load_state_dict(self, state: Tree) -> None:
         """Continue from a saved state: the same numbers follow as if there had been no break (to rounding, where the
         number of processes is another one)."""
-        self.steps = int(state["steps"])
+        self.steps, self.moved = int(state["steps"]), bool(state["moved"])
         self._before = state["before"].clone() if "before" in state else None
         for name, p in self.eta.items():
             p.copy_(state[f"eta/{name}"])

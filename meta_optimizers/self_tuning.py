@@ -19,6 +19,7 @@ from gymnasium.spaces import Discrete
 from torch import Tensor, nn
 
 from learned_rl.component import Component
+from learned_rl.defaults import EnvironmentReward
 from learned_rl.lifetimes import under
 from learned_rl.ppo import PPOConfig
 from learned_rl.registry import components
@@ -122,11 +123,9 @@ class SelfTuning(PPO):
                 f"{blind[0]} cannot be learned with {slots.objective.name!r}, which has no derivative by it: expected "
                 "an objective that has one, such as 'ppo_soft_clip'."
             )
-        moves = {"objective", "reward"} & set(self.learned) or "gamma" in slots.hyperparameters.tuned
-        biased = moves or outer.critic.gamma != self.config.hyper.gamma or not slots.objective.needs_value
         critic = outer.critic
         if critic.source == "auto":
-            critic = replace(critic, source="own" if biased else "agent")
+            critic = replace(critic, source="own" if self._biased(critic) else "agent")
         self.problem = Learning(self.lifetimes, self.learned, outer.loss, critic, restarts=False)
         eta = {
             f"{slot}.{k}": nn.Parameter(v)
@@ -137,6 +136,14 @@ class SelfTuning(PPO):
         self.outer = OuterLoop(self.problem, eta, estimator, outer, stacked=True)
         estimator.check(self.outer.present, len(self.lifetimes))
 
+    def _biased(self, critic: OuterCriticConfig) -> bool:
+        """Whether the agent's value is of something else than what the outer loss values."""
+        slots = self.algorithm.slots
+        if "objective" in self.learned or not slots.objective.needs_value:
+            return True
+        rewarded = not isinstance(slots.reward, EnvironmentReward)
+        return rewarded or "gamma" in slots.hyperparameters.tuned or critic.gamma != self.config.hyper.gamma
+
     def _advance(self) -> dict[str, float]:
         """Go on by a window of updates."""
         if self.outer is None:
@@ -144,28 +151,34 @@ class SelfTuning(PPO):
         metrics = self.outer.step()
         for ended in self.problem.take_episodes():
             self._remember(ended)
-        return _named(metrics) | _spread(self.outer.seen)
+        return _tagged(metrics) | _spread(self.outer.seen)
 
     def component(self, slot: str, seed: int) -> Component:
-        """The part in a slot as one of the seeds (counted from 0) has learned it."""
+        """The part in a slot as one of the seeds (counted from 0) has learned it.
+
+        Raises:
+            UserError: a slot whose part is not learned, or no such seed.
+        """
+        if self.outer is None or slot not in self.learned:
+            raise UserError(f"The {slot} slot is not learned: expected one of {', '.join(self.learned) or 'none'}.")
+        if not 0 <= seed < len(self.lifetimes):
+            raise UserError(f"seed is {seed}: expected one from 0 to {len(self.lifetimes) - 1}.")
         part = self.problem.learned[slot]
         own = type(part)(part.config)
-        assert self.outer is not None
         values = {k.removeprefix(f"{slot}."): v[seed] for k, v in self.outer.eta.items() if k.startswith(f"{slot}.")}
         own.load_state_dict(own.state_dict() | {k: v.detach().cpu() for k, v in values.items()})  # stop: a copy
         return own
 
-    def state_dict(self) -> Tree:
+    def _inner_state(self) -> Tree:
         if self.outer is None:
-            return super().state_dict()
-        own = {k: v for k, v in super().state_dict().items() if not k.startswith("lifetimes/")}  # the problem's
-        return own | {f"outer/{k}": v for k, v in self.outer.state_dict().items()}
+            return super()._inner_state()
+        return {f"outer/{k}": v for k, v in self.outer.state_dict().items()}  # the lifetimes among it
 
-    def load_state_dict(self, state: Tree) -> None:
-        if self.outer is not None:
+    def _load_inner_state(self, state: Tree) -> None:
+        if self.outer is None:
+            super()._load_inner_state(state)
+        else:
             self.outer.load_state_dict(under("outer", state))
-            state = state | {f"lifetimes/{k}": v for k, v in under("outer/problem/lifetimes", state).items()}
-        super().load_state_dict(state)
 
 
 def _nobodys(plug: Any) -> bool:
@@ -188,7 +201,7 @@ def initial(component: Component, seeds: int, seed: int, fresh: bool) -> dict[st
     return {k: torch.stack([c[k].detach().to(v) for c in each]) for k, v in like.items()}
 
 
-def _named(metrics: dict[str, float]) -> dict[str, float]:
+def _tagged(metrics: dict[str, float]) -> dict[str, float]:
     """What the outer loop says, by the names under which it is logged; the agents' own metrics by theirs."""
     agent = {k.removeprefix("agent/"): v for k, v in metrics.items() if k.startswith("agent/")}
     plain = {k: v for k, v in metrics.items() if "/" not in k and k != "broken"}

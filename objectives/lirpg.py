@@ -17,8 +17,10 @@ the inner sum ending with the episode: a reward rises where what led to it is wh
 There are two value functions. The agent's own learns from what the reward slot returns and is the paper's V_mix without
 further ado; V_ex, of the environment's reward alone, is the outer critic (`meta_optimizers/outer_critic.py`).
 
-Deviations: the paper's f for Atari is the Nature CNN with a trunk shared with V_ex, here images are flattened; the last
-layer starts at zero instead of gain 1, so that a fresh reward is the environment's (`zero`).
+Deviations: by default agents are judged on their next rollout, once an update; the authors' code judges them on the
+same samples by importance weights, once a minibatch (docs/objectives/lirpg.md). The paper's f for Atari is the Nature
+CNN with a trunk shared with V_ex, here images are flattened; the last layer starts at zero instead of gain 1, so that a
+fresh reward is the environment's (`zero`).
 """
 
 from __future__ import annotations
@@ -62,8 +64,9 @@ class LIRPGConfig:
 
     def __post_init__(self) -> None:
         at_least(0, extrinsic=self.extrinsic, scale=self.scale)
-        for width in self.hidden:
-            at_least(1, hidden=width)
+        sizes = {"hidden": self.hidden, "observation": self.observation, "action": self.action}
+        for name, size in sizes.items():
+            at_least(1, **{name: min(size if isinstance(size, tuple) else (size or 1,), default=1)})
         if (self.observation is None) != (self.action is None):
             raise UserError(f"observation is {self.observation} and action {self.action}: expected both, or neither.")
 

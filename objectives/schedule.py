@@ -82,6 +82,11 @@ class Schedule(Hyperparameters):
 
     name: ClassVar[str] = "schedule"
     Config: ClassVar[Any] = ScheduleConfig
+    config: ScheduleConfig
+
+    def __init__(self, config: ScheduleConfig | None = None) -> None:
+        super().__init__(config)
+        self.tuned = tuple(self.config.numbers)
 
     def forward(self, base: Hyper, trajectory: Trajectory, context: Context) -> tuple[Hyper, Tree]:
         # From the middle of the update: rounding in age / horizon cannot move a boundary to the update beside it.

@@ -27,4 +27,6 @@ class PPOSoftClip(PPOClip):
     insensitive = ()
 
     def clip(self, x: Tensor, bound: float | Tensor) -> Tensor:
-        return x if isinstance(bound, float) and math.isinf(bound) else bound * torch.tanh(x / bound)
+        if isinstance(bound, float) and (math.isinf(bound) or bound == 0):
+            return x if bound else torch.zeros_like(x)
+        return bound * torch.tanh(x / bound)

@@ -9,10 +9,11 @@ six numbers are learned. gamma, lambda and alpha are sigmoids, as in `self_tuned
 
     weight = reference sigmoid(x_0 + eta)
 
-where the reference is the configured weight, with which the outer loss is made as well: what the agent descends may
-weigh a term less than what judges it, never more. The sigmoid reaches no 1, so weights start slightly below their
-reference, at `start` of it. By how much the paper's do is not known to us; 0.95 is a choice. For the same reason a
-lambda or alpha configured as 1 starts at 0.999 (`bijectors.MARGIN`).
+where the reference is the configured weight, which is never exceeded. In the paper it is the weight of the term in the
+outer loss as well, so that the agent weighs nothing more than its judge does; here the outer loss has settings of its
+own (`OuterLossConfig`), and whoever wants that sets both. The sigmoid reaches no 1, so weights start slightly below
+their reference, at `start` of it. By how much the paper's do is not known to us; 0.95 is a choice. For the same reason
+a lambda or alpha configured as 1 starts at 0.999 (`bijectors.MARGIN`).
 
 The paper's outer loss has all three terms at fixed numbers (alpha 1) and KL(new policy, old policy), which keeps the
 policy from moving further than the experience can judge. One update a window; Adam as the outer optimizer.

@@ -457,6 +457,8 @@ class Poisoned(Learning):
         data = super().collect(state)
         if self.how == "reward":
             data["reward"][:, self.victim], data["cost"][self.victim] = float("nan"), float("nan")
+        if self.how == "judge":
+            data["advantage"][:, self.victim] = float("inf")
         return data
 
 
@@ -481,7 +483,7 @@ def others(kind, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["parameters", "reward", "overflow"])
+@pytest.mark.parametrize("how", ["parameters", "reward", "overflow", "judge"])
 @pytest.mark.parametrize("name", ["lpo", "reward", "rule"])
 @pytest.mark.parametrize("kind", [*EXACT, FirstOrder, Bootstrapped, ForwardMode])
 def test_a_broken_lifetime_takes_no_part_and_harms_nobody(kind, name, how):

@@ -40,6 +40,7 @@ from objectives.impala import Impala
 from objectives.lirpg import LIRPG, LIRPGConfig
 from objectives.lpg import LPG
 from objectives.mgrl import MGRL
+from objectives.schedule import Schedule, ScheduleConfig
 from objectives.self_tuned import SelfTuned, SelfTunedConfig
 from objectives.soft_clip import PPOSoftClip
 from objectives.stac import STAC
@@ -602,16 +603,75 @@ def test_nor_does_a_configured_one(source):
         ({"hyperparameters": "mgrl"}, None, True),
         ({"hyperparameters": tuned("gae_lambda", "ent_coef")}, None, False),
         ({"reward": "lirpg"}, None, True),
-        ({"reward": "lirpg", "auxiliary": "stacx"}, ["auxiliary"], False),
+        ({"reward": "lirpg", "auxiliary": "stacx"}, ["auxiliary"], True),
+        ({"hyperparameters": Schedule(ScheduleConfig(numbers={"gamma": (0.5,)})), "auxiliary": "stacx"}, None, True),
+        (
+            {"hyperparameters": Schedule(ScheduleConfig(numbers={"ent_coef": (0.5,)})), "auxiliary": "stacx"},
+            None,
+            False,
+        ),
         ({"objective": "lpo", "auxiliary": "stacx"}, ["objective"], True),
         ({"objective": "lpo", "auxiliary": "stacx"}, None, False),
         ({"objective": "lpg", "auxiliary": "stacx"}, None, True),
     ],
 )
 def test_who_values_states(parts, learned, own):
-    """The agents, unless what they predict is learned, or is nothing, or another discount's; or as asked."""
+    """The agents, unless what they predict is learned, is nothing, or another reward's or discount's; or as asked."""
     for source, gamma, expected in (("auto", 0.99, own), ("auto", 0.9, True), ("own", 0.99, True)):
         config = dataclasses.replace(WHOLE_ROLLOUTS, hyper=AGENT.hyper.replace(gamma=gamma))
         outer = SelfTuningConfig(critic=OuterCriticConfig(source))
         agent = SelfTuning(Stages(), config, learned=learned, outer=outer, **parts)
         assert (agent.problem.critic is not None) == expected, (source, gamma)
+
+
+def test_a_judge_that_breaks_leaves_the_agents_alone():
+    """Its advantages overflow at once; agents are still those of PPO, and eta does not move."""
+    critic = OuterCriticConfig("own", learning_rate=1e30)
+    outer = SelfTuningConfig(critic=critic, learning_rate=0.1)
+    agent = SelfTuning(Stages(), AGENT, outer=outer, seeds=P, seed=3, hyperparameters=tuned("ent_coef"))
+    metrics = updated(agent, 6)
+    plain = PPO(Stages(), AGENT, seeds=P, seed=3)
+    plain.lifetimes.hyper = AGENT.hyper.replace(ent_coef=torch.full((P, 1), AGENT.hyper.ent_coef))
+    skipped = [m["meta/skipped"] for m in metrics]
+    assert skipped[-1] == 1 and theta(agent).isfinite().all()
+    still = SelfTuning(
+        Stages(),
+        AGENT,
+        outer=dataclasses.replace(outer, learning_rate=0.0),
+        seeds=P,
+        seed=3,
+        hyperparameters=tuned("ent_coef"),
+    )
+    updated(still, 6)
+    plain.learn(6 * plain.per_update)
+    assert torch.equal(theta(still), theta(plain))
+
+
+@pytest.mark.parametrize(
+    "slot, seed, sentence",
+    [
+        ("reward", 0, "reward slot is not learned: expected one of hyperparameters"),
+        ("hyperparameters", P, f"seed is {P}"),
+    ],
+)
+def test_only_what_was_learned_can_be_taken(slot, seed, sentence):
+    with pytest.raises(UserError, match=sentence):
+        online(hyperparameters="mgrl").component(slot, seed)
+    with pytest.raises(UserError, match="expected one of none"):
+        online().component(slot, seed)
+
+
+def test_a_soft_clip_of_0_lets_nothing_pass():
+    x = torch.linspace(-1, 1, 5)
+    assert not PPOSoftClip().clip(x, 0.0).any() and torch.equal(PPOSoftClip().clip(x, float("inf")), x)
+
+
+def test_what_has_moved_is_known_after_a_resume():
+    """A run that learned, broke, was saved and went on broken is not one in which nothing was ever learned."""
+    agent = online(hyperparameters=tuned("ent_coef"))
+    updated(agent, 2)
+    theta(agent).fill_(float("nan"))
+    again = online(hyperparameters=tuned("ent_coef"))
+    again.load_state_dict(agent.state_dict())
+    assert updated(again, 1)[0]["meta/skipped"] == 1
+    again.outer.check_moved()

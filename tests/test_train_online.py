@@ -13,12 +13,14 @@ import torch
 
 import experiments.train
 from experiments.cli import main
+from experiments.plugs import Plugged, plugs
 from experiments.recipes import online_recipes
 from experiments.report import append_scores, tuned_figure
 from experiments.runs import SCORES, read_metrics
 from experiments.single_task import alternating, discounting_chain, two_colours
 from learned_rl import artifacts
 from learned_rl.evaluation import Curves
+from learned_rl.types import UserError
 from meta_optimizers.self_tuning import SelfTuningConfig
 from objectives.lirpg import LIRPG
 from objectives.lpg import LPG
@@ -133,6 +135,7 @@ def test_the_weight_around_switches_is_read_from_runs(tmp_path):
         run.mkdir()
         append_scores(run / SCORES, "two_colours, reward per step", name, curves)
         (run / "metrics.csv").write_text("step,tag,value\n" + "".join(rows if name == "mg" else rows[:0]))
+        (run / "config.json").write_text('{"env": "two_colours/50k", "config": {"n_envs": 2}}')
     args = two_colours.TwoColours((tmp_path / "fixed", tmp_path / "mg"), out=tmp_path / "out")
     two_colours.main(args)
     with (tmp_path / "out" / "totals.csv").open() as file:
@@ -140,6 +143,22 @@ def test_the_weight_around_switches_is_read_from_runs(tmp_path):
     assert [float(row["total"]) for row in (fixed, learned)] == [40_000, 40_000] and fixed["weight after"] is None
     assert (learned["weight before"], learned["weight after"], learned["higher"]) == ("0.1000", "0.2000", "2 of 2")
     assert (tmp_path / "out" / "two_colours.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words, decays",
+    [
+        ("--hyperparameters stac", True),
+        ("--self-tune gamma", True),
+        ("--self-tune gamma --set hyperparameters.linear_decay=false", False),
+    ],
+)
+def test_parts_that_say_numbers_know_that_the_learning_rate_falls(words, decays):
+    words = words.split()
+    named = dict(zip(words[::2], words[1::2], strict=True))
+    settings = {"hyperparameters": named.get("--hyperparameters"), "self_tune": named.get("--self-tune")}
+    part = plugs(Plugged(**settings, set=tuple(named[k] for k in ("--set",) if k in named)), linear_decay=True)
+    assert part["hyperparameters"]().config.linear_decay == decays
 
 
 @pytest.mark.parametrize(
@@ -155,3 +174,20 @@ def test_the_weight_around_switches_is_read_from_runs(tmp_path):
 )
 def test_the_outer_learning_rate_suits_what_is_learned(words, rate):
     assert experiments.train.suited("control/cartpole", words.split()).outer.learning_rate == rate
+
+
+@pytest.mark.parametrize(
+    "env, ended, sentence",
+    [
+        ("two_colours", False, "has ended"),
+        ("catch/5x5", True, "of 'catch/5x5'"),
+        ("two_colours", True, "at least 120000"),
+    ],
+)
+def test_runs_that_say_nothing_about_switches_are_refused(tmp_path, env, ended, sentence):
+    (tmp_path / "metrics.csv").write_text("step,tag,value\n50000,tuned/ent_coef,0.1\n")
+    (tmp_path / "config.json").write_text(f'{{"env": "{env}", "config": {{"n_envs": 1}}}}')
+    if ended:
+        append_scores(tmp_path / SCORES, env, "mg", Curves(np.array([50_000]), np.ones((1, 1, 2))))
+    with pytest.raises(UserError, match=sentence):
+        two_colours.main(two_colours.TwoColours((tmp_path,), out=tmp_path / "out"))

@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
 
+from experiments.cli import speaking
 from experiments.figures import COLOURS, count_axis, legend, panels, save_figure
 from experiments.report import merge_scores, running_mean
-from experiments.runs import read_metrics
+from experiments.runs import CONFIG, SCORES, read_json, read_metrics
 from learned_rl.evaluation import iqm_interval
+from learned_rl.registry import make_family
 from learned_rl.tasks.two_colours import TwoColoursFamily
 from learned_rl.types import UserError
 
@@ -35,10 +38,29 @@ class TwoColours:
     """folder of totals.csv and two_colours.png"""
 
 
+def phase(run: Path) -> int:
+    """Environment steps of a seed, over all its copies, between switches.
+
+    Raises:
+        UserError: a run of something else.
+    """
+    config = read_json(run / CONFIG)
+    family = make_family(str(config.get("env")))
+    if not isinstance(family, TwoColoursFamily):
+        raise UserError(f"{run} is a run of {config.get('env')!r}: expected one of two_colours.")
+    return family.period * config["config"]["n_envs"]
+
+
 def around(run: Path, period: int, near: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean entropy weight in the `near` environment steps before and after each switch, [switches] both."""
+    """Mean entropy weight in the `near` environment steps before and after each switch, [switches] both.
+
+    Raises:
+        UserError: the run ends before the first switch is over.
+    """
     steps, weight = read_metrics(run)[WEIGHT]
     switches = np.arange(period, steps[-1] - near + 1, period)
+    if not len(switches):
+        raise UserError(f"{run} has {steps[-1]} environment steps: expected at least {period + near}.")
     before, after = (
         np.array([weight[(steps > s + start) & (steps <= s + start + near)].mean() for s in switches])
         for start in (-near, 0)
@@ -47,11 +69,12 @@ def around(run: Path, period: int, near: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(args: TwoColours) -> None:
-    period = TwoColoursFamily().period
     figure, (earned, course, mean) = panels(3)
     rows, handles = [], {}
-    for run, colour in zip(args.runs, COLOURS, strict=False):
-        (scores,) = merge_scores([run])
+    for run, colour in zip(args.runs, itertools.cycle(COLOURS), strict=False):
+        if not (found := merge_scores([run])):
+            raise UserError(f"{run} has no {SCORES}: expected a run that has ended.")
+        (scores,) = found
         steps, rates = np.array(scores.returns.steps), scores.returns.returns[:, 0]  # [C], [C, seeds] reward per step
         total = (rates * np.diff(steps, prepend=0)[:, None]).sum(0)
         middle = iqm_interval(total[None])
@@ -59,14 +82,14 @@ def main(args: TwoColours) -> None:
         (handles[scores.method],) = earned.plot(steps, np.cumsum(rates.mean(1) * np.diff(steps, prepend=0)), c=colour)
         print(f"{scores.method}: total reward {middle.point:.0f} [{middle.low:.0f}, {middle.high:.0f}]", end="")
         if WEIGHT in (metrics := read_metrics(run)):
-            before, after = around(run, period, args.near)
+            before, after = around(run, period := phase(run), args.near)
             row += [f"{before.mean():.4f}", f"{after.mean():.4f}", f"{(after > before).sum()} of {len(after)}"]
             print(f"; entropy weight {row[-3]} before and {row[-2]} after switches, higher after {row[-1]}", end="")
             at, weight = metrics[WEIGHT]
             course.plot(at, running_mean(weight, max(len(at) // 500, 1)), c=colour, lw=0.8)
-            phase = at % period
-            bins = [weight[(at >= period) & (phase // 2000 == i)].mean() for i in range(period // 2000)]
-            mean.plot(1000 + 2000 * np.arange(len(bins)), bins, c=colour)
+            width = period // 50
+            bins = [weight[(at > period) & ((at - 1) % period // width == i)].mean() for i in range(50)]
+            mean.plot(width * (np.arange(50) + 0.5), bins, c=colour)
         print()
         rows.append(row)
     if not rows:
@@ -87,4 +110,5 @@ def main(args: TwoColours) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(TwoColours))
+    with speaking("two_colours"):
+        main(tyro.cli(TwoColours))

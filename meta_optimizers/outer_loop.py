@@ -165,9 +165,8 @@ class OuterLoop:
         if not group.first:
             return {}
         axes = {k: estimator.axis(k, self.problem) for k in carried[0]}
-        # stop: saved values
         state: Tree = {"steps": torch.tensor(self.steps), "moved": torch.tensor(self.moved)}
-        state |= {f"eta/{k}": p.detach().clone() for k, p in self.eta.items()}
+        state |= {f"eta/{k}": p.detach().clone() for k, p in self.eta.items()}  # stop: saved values
         state |= {} if self._before is None else {"before": self._before.clone()}
         state |= {f"optimizer/{k}": v.clone() for k, v in self._state.items()}
         for k, axis in axes.items():

@@ -19,7 +19,8 @@ from experiments.report import Scores, Unit, append_scores, conclude, read_score
 from experiments.runs import SCORES, Progress, Run, default_folder
 from experiments.scores import Scorer
 from experiments.tuning.agents import HAND_MADE, NUMBERS, AgentSettings, AgentStudy, agent_space, competitor
-from experiments.tuning.study import Search, SearchConfig
+from experiments.tuning.samplers import SearchConfig
+from experiments.tuning.study import Search
 from learned_rl import artifacts
 from learned_rl.component import Objective
 from learned_rl.evaluation import iqm, learning_curves

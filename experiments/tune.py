@@ -26,19 +26,9 @@ from experiments.threads import set_threads
 from experiments.tuning.agents import AgentStudy, algorithms, check_read
 from experiments.tuning.outer import OuterStudy, outer_settings
 from experiments.tuning.outputs import save_figures, write_trials
+from experiments.tuning.samplers import Pruner, Sampler, SearchConfig
 from experiments.tuning.storage import masked, open_storage, place_of, speaking_storage
-from experiments.tuning.study import (
-    COSTS,
-    FINISHED,
-    Direction,
-    Pruned,
-    Pruner,
-    Sampler,
-    Search,
-    SearchConfig,
-    Study,
-    check,
-)
+from experiments.tuning.study import COSTS, FINISHED, Direction, Pruned, Search, Study, check
 from learned_rl.files import replacing, speaking
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError, at_least

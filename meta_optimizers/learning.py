@@ -175,7 +175,7 @@ class Learning(Problem):
         return moved if torch.equal(judged, alive) else self._step(state, data, eta, whole, judged)
 
     def _step(self, state: Tree, data: Tree, eta: Eta, alive: Tensor, judged: Tensor) -> Moved:
-        """A step in which those that are not alive take no part, and of which the `judged` ones are."""
+        """A step of those that are alive; `judged` ones among them are judged, and have a meta-gradient."""
         graph = torch.is_grad_enabled()
         slots = self._slots(eta if graph else eta.map(torch.Tensor.detach))  # stop: nobody looks back
         state, data = self._cleared(state, data, alive)

@@ -64,9 +64,9 @@ class LIRPGConfig:
 
     def __post_init__(self) -> None:
         at_least(0, extrinsic=self.extrinsic, scale=self.scale)
-        sizes = {"hidden": self.hidden, "observation": self.observation, "action": self.action}
-        for name, size in sizes.items():
-            at_least(1, **{name: min(size if isinstance(size, tuple) else (size or 1,), default=1)})
+        for name, size in {"hidden": self.hidden, "observation": self.observation, "action": self.action}.items():
+            if size is not None:
+                at_least(1, **{name: min(size if isinstance(size, tuple) else (size,), default=1)})
         if (self.observation is None) != (self.action is None):
             raise UserError(f"observation is {self.observation} and action {self.action}: expected both, or neither.")
 

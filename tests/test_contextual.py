@@ -6,7 +6,7 @@ import math
 import experience
 import pytest
 import torch
-from torch.autograd import gradcheck
+from learners import check_differences, check_each_alone
 from torch.testing import assert_close
 
 from learned_rl import PPO, PPOConfig, artifacts
@@ -14,7 +14,6 @@ from learned_rl.agents import AgentConfig
 from learned_rl.component import Context, Hyper, lifetime_mean
 from learned_rl.inner_loop import GraphInner
 from learned_rl.ppo import Algorithm, Slots
-from learned_rl.substitute import substituted
 from learned_rl.types import UserError
 from learned_rl.update_rules import SGD
 from objectives.bijectors import NUMBERS
@@ -236,32 +235,16 @@ def lived(component, agents):
 
 def setting(settings):
     component = contextual("ent_coef", "gamma", moved=0.3, hidden=(5,), **settings)
-    names, eta = zip(*component.named_parameters(), strict=True)
-    return component, names, eta, experience.population("mlp", value=True)
+    agents = experience.population("mlp", value=True)
+    return component, lambda component: lived(component, agents)
 
 
 @cases
 def test_meta_gradient_through_an_update_against_differences(settings):
-    component, names, eta, agents = setting(settings)
-
-    def judged(*eta):
-        own = substituted(component, dict(zip(names, eta, strict=True)), stacked=False)
-        return lived(own, agents).sum()
-
-    for name, slope in zip(names, torch.autograd.grad(judged(*eta), eta), strict=True):
-        assert slope.abs().max() > 1e-6, name
-    assert gradcheck(judged, eta, eps=1e-6, rtol=1e-5, atol=1e-8)
+    check_differences(*setting(settings))
 
 
 @cases
 def test_lifetimes_with_networks_of_their_own(settings):
-    component, names, eta, agents = setting(settings)
-    stacked = [torch.stack([v.detach(), 0.5 - v.detach()]).requires_grad_() for v in eta]
-    found = lived(substituted(component, dict(zip(names, stacked, strict=True)), stacked=True), agents)
-    slopes = torch.autograd.grad(found.sum(), stacked)
-    for p in range(P):
-        alone = [v[p].detach().requires_grad_() for v in stacked]
-        judged = lived(substituted(component, dict(zip(names, alone, strict=True)), stacked=False), agents)[p]
-        assert_close(found[p], judged, rtol=1e-12, atol=1e-14)
-        expected = torch.autograd.grad(judged, alone)
-        assert_close([v[p] for v in slopes], list(expected), rtol=1e-9, atol=1e-13)
+    component, lived = setting(settings)
+    check_each_alone(component, lived, [torch.stack([v, 0.5 - v]) for v in component.parameters()])

@@ -401,6 +401,7 @@ def test_it_says_that_it_has_no_size_yet():
         ({"scale": -0.1}, "scale is -0.1.*at least 0"),
         ({"extrinsic": -1.0}, "extrinsic is -1.0.*at least 0"),
         ({"hidden": (8, 0)}, "hidden is 0.*at least 1"),
+        ({"observation": 0, "action": 2}, "observation is 0: expected at least 1"),
         ({"observation": (3,)}, r"observation is \(3,\) and action None.*both"),
     ],
 )

@@ -7,7 +7,7 @@ import experience
 import pytest
 import torch
 from gymnasium.spaces import Discrete
-from torch.autograd import gradcheck
+from learners import check_differences, check_each_alone
 from torch.testing import assert_close
 
 from learned_rl import PPO, PPOConfig, artifacts
@@ -15,7 +15,6 @@ from learned_rl.agents import AgentConfig
 from learned_rl.component import Hyper, lifetime_mean
 from learned_rl.inner_loop import GraphInner
 from learned_rl.ppo import Algorithm, Slots
-from learned_rl.substitute import substituted
 from learned_rl.types import UserError
 from learned_rl.update_rules import SGD
 from objectives.bijectors import NUMBERS
@@ -285,46 +284,28 @@ def lived(component, agents, kind):
 
 
 def setting(kind, config):
-    """A component away from where it starts, the names and values of its parameters, and agents to judge it by."""
+    """A component away from where it starts, and what agents live with it."""
     component = SelfTuned(config)
     component.fit(experience.SPACES[kind], ACTIONS, LAYERS if kind == "mlp" else ("table",))
-    names, eta = zip(*moved(component.double()).named_parameters(), strict=True)
-    return component, names, eta, experience.population(kind, value=True)
+    agents = experience.population(kind, value=True)
+    return moved(component.double()), lambda component: lived(component, agents, kind)
 
 
 @cases
 def test_meta_gradient_through_an_update_against_differences(kind, config):
-    component, names, eta, agents = setting(kind, config)
-
-    def judged(*eta):
-        own = substituted(component, dict(zip(names, eta, strict=True)), stacked=False)
-        return lived(own, agents, kind).sum()
-
-    for name, slope in zip(names, torch.autograd.grad(judged(*eta), eta), strict=True):
-        assert bool((slope != 0).any()), name
-    assert gradcheck(judged, eta, eps=1e-6, rtol=1e-5, atol=1e-8)
+    check_differences(*setting(kind, config))
 
 
 def test_what_clips_has_no_meta_gradient():
     """It only says which samples count, and the gradient of none of them depends on it."""
-    component, _, eta, agents = setting("mlp", SelfTunedConfig((*CLIPS, "gamma")))
-    slopes = torch.autograd.grad(lived(component, agents, "mlp").sum(), eta, allow_unused=True)
+    component, lived = setting("mlp", SelfTunedConfig((*CLIPS, "gamma")))
+    slopes = torch.autograd.grad(lived(component).sum(), list(component.parameters()), allow_unused=True)
     assert [slope is not None and bool(slope.any()) for slope in slopes] == [False, False, True]
 
 
 @cases
 def test_lifetimes_with_numbers_of_their_own(kind, config):
-    """In one call, as each alone: judgement and meta-gradient."""
-    component, names, eta, agents = setting(kind, config)
+    component, lived = setting(kind, config)
     g = torch.Generator().manual_seed(1)
-    stacked = [v.detach() + 0.2 * torch.randn(2, *v.shape, generator=g, dtype=v.dtype) for v in eta]
-    for v in stacked:
-        v.requires_grad_()
-    found = lived(substituted(component, dict(zip(names, stacked, strict=True)), stacked=True), agents, kind)
-    slopes = torch.autograd.grad(found.sum(), stacked)
-    for p in range(2):
-        alone = [v[p].detach().requires_grad_() for v in stacked]
-        judged = lived(substituted(component, dict(zip(names, alone, strict=True)), stacked=False), agents, kind)[p]
-        assert_close(found[p], judged, rtol=1e-12, atol=1e-14)
-        expected = torch.autograd.grad(judged, alone)
-        assert_close([v[p] for v in slopes], list(expected), rtol=1e-9, atol=1e-13)
+    apart = [v + 0.2 * torch.randn(2, *v.shape, generator=g, dtype=v.dtype) for v in component.parameters()]
+    check_each_alone(component, lived, apart)

@@ -6,14 +6,13 @@ import experience
 import pytest
 import torch
 from gymnasium.spaces import Discrete
-from torch.autograd import gradcheck
+from learners import check_differences, check_each_alone
 from torch.testing import assert_close
 
 from learned_rl import PPO, PPOConfig
 from learned_rl.component import Hyper, lifetime_mean
 from learned_rl.inner_loop import GraphInner
 from learned_rl.ppo import Algorithm, Slots
-from learned_rl.substitute import substituted
 from learned_rl.types import UserError
 from learned_rl.update_rules import SGD
 from objectives.impala import Impala
@@ -117,8 +116,8 @@ def setting(kind):
     with torch.no_grad():
         for eta in component.parameters():
             eta.add_(torch.randn(eta.shape, generator=g, dtype=eta.dtype) - 1)
-    names, eta = zip(*component.named_parameters(), strict=True)
-    return component, names, eta, experience.population(kind, value=True)
+    agents = experience.population(kind, value=True)
+    return component, lambda component: lived(component, agents, kind)
 
 
 def lived(component, agents, kind):
@@ -135,26 +134,10 @@ def lived(component, agents, kind):
 
 @pytest.mark.parametrize("kind", ["mlp", "tabular"])
 def test_meta_gradient_through_an_off_policy_update_against_differences(kind):
-    component, names, eta, agents = setting(kind)
-
-    def judged(*eta):
-        own = substituted(component, dict(zip(names, eta, strict=True)), stacked=False)
-        return lived(own, agents, kind).sum()
-
-    for name, slope in zip(names, torch.autograd.grad(judged(*eta), eta), strict=True):
-        assert slope.abs().max() > 1e-6, name
-    assert gradcheck(judged, eta, eps=1e-6, rtol=1e-5, atol=1e-8)
+    check_differences(*setting(kind))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "tabular"])
 def test_lifetimes_with_numbers_of_their_own(kind):
-    component, names, eta, agents = setting(kind)
-    stacked = [torch.stack([v.detach(), v.detach() + 0.5]).requires_grad_() for v in eta]
-    found = lived(substituted(component, dict(zip(names, stacked, strict=True)), stacked=True), agents, kind)
-    slopes = torch.autograd.grad(found.sum(), stacked)
-    for p in range(2):
-        alone = [v[p].detach().requires_grad_() for v in stacked]
-        judged = lived(substituted(component, dict(zip(names, alone, strict=True)), stacked=False), agents, kind)[p]
-        assert_close(found[p], judged, rtol=1e-12, atol=1e-14)
-        expected = torch.autograd.grad(judged, alone)
-        assert_close([v[p] for v in slopes], list(expected), rtol=1e-9, atol=1e-13)
+    component, lived = setting(kind)
+    check_each_alone(component, lived, [torch.stack([v, v + 0.5]) for v in component.parameters()])

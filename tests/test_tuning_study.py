@@ -40,7 +40,8 @@ from experiments.recipes import Recipe
 from experiments.tune import BEST, Tune, make_study, write_outputs
 from experiments.tuning.agents import AgentSettings, AgentStudy, agent_space
 from experiments.tuning.outer import SEARCHED, OuterStudy, outer_settings, outer_space, per_meta_step
-from experiments.tuning.study import FINISHED, Pruned, Search, SearchConfig, Study
+from experiments.tuning.samplers import SearchConfig
+from experiments.tuning.study import FINISHED, Pruned, Search, Study
 from experiments.tuning.workers import Worker
 from learned_rl import inner_loop
 from learned_rl.agents import AgentConfig

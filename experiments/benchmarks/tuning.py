@@ -11,7 +11,8 @@ import optuna
 
 from experiments.benchmarks.measure import Result, processes
 from experiments.tuning.agents import AgentStudy
-from experiments.tuning.study import Search, SearchConfig
+from experiments.tuning.samplers import SearchConfig
+from experiments.tuning.study import Search
 
 TARGET = ">= 1.7"
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 
+from experiments.cli import speaking
 from experiments.figures import COLOURS, panels, save_figure
 from experiments.threads import set_threads
 from learned_rl.component import Hyper
@@ -100,4 +101,5 @@ def main(args: Alternating) -> None:
 if __name__ == "__main__":
     set_threads()
     torch.manual_seed(0)
-    main(tyro.cli(Alternating))
+    with speaking("alternating"):
+        main(tyro.cli(Alternating))

@@ -19,6 +19,7 @@ import tyro
 from matplotlib.artist import Artist
 from torch import nn
 
+from experiments.cli import speaking
 from experiments.figures import COLOURS, legend, panels, save_figure
 from experiments.oracles.discounting_chain import DiscountingChain
 from experiments.threads import set_threads
@@ -94,4 +95,5 @@ def main(args: Chain) -> None:
 
 if __name__ == "__main__":
     set_threads()
-    main(tyro.cli(Chain))
+    with speaking("discounting_chain"):
+        main(tyro.cli(Chain))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tyro
+from matplotlib.axes import Axes
 
 from experiments.cli import speaking
 from experiments.figures import COLOURS, count_axis, legend, panels, save_figure
@@ -24,6 +25,7 @@ from learned_rl.tasks.two_colours import TwoColoursFamily
 from learned_rl.types import UserError
 
 WEIGHT = "tuned/ent_coef"
+BINS = 50  # of a phase, in the figure
 
 
 @dataclass(frozen=True)
@@ -68,42 +70,55 @@ def around(run: Path, period: int, near: int) -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
+def collected(run: Path) -> tuple[str, np.ndarray, np.ndarray]:
+    """The run's method, the environment steps [C] of its scores and the reward collected between them [C, seeds].
+
+    Raises:
+        UserError: a run that has not ended, or a folder of several.
+    """
+    if len(found := merge_scores([run])) != 1:
+        raise UserError(f"{run} has scores of {len(found)} methods in {SCORES}: expected one run that has ended.")
+    steps = np.array(found[0].returns.steps)
+    return found[0].method, steps, found[0].returns.returns[:, 0] * np.diff(steps, prepend=0)[:, None]
+
+
+def draw_weight(run: Path, course: Axes, mean: Axes, colour: str) -> None:
+    """The entropy weight over the lifetime, and over the phases after the first one."""
+    at, weight = read_metrics(run)[WEIGHT]
+    course.plot(at, running_mean(weight, max(len(at) // 500, 1)), c=colour, lw=0.8)
+    period, width = phase(run), phase(run) // BINS
+    bins = [weight[(at > period) & ((at - 1) % period // width == i)].mean() for i in range(BINS)]
+    mean.plot(width * (np.arange(BINS) + 0.5), bins, c=colour)
+
+
 def main(args: TwoColours) -> None:
-    figure, (earned, course, mean) = panels(3)
-    rows, handles = [], {}
-    for run, colour in zip(args.runs, itertools.cycle(COLOURS), strict=False):
-        if not (found := merge_scores([run])):
-            raise UserError(f"{run} has no {SCORES}: expected a run that has ended.")
-        (scores,) = found
-        steps, rates = np.array(scores.returns.steps), scores.returns.returns[:, 0]  # [C], [C, seeds] reward per step
-        total = (rates * np.diff(steps, prepend=0)[:, None]).sum(0)
-        middle = iqm_interval(total[None])
-        row = [scores.method, len(total), steps[-1], *(f"{x:.0f}" for x in (middle.point, middle.low, middle.high))]
-        (handles[scores.method],) = earned.plot(steps, np.cumsum(rates.mean(1) * np.diff(steps, prepend=0)), c=colour)
-        print(f"{scores.method}: total reward {middle.point:.0f} [{middle.low:.0f}, {middle.high:.0f}]", end="")
-        if WEIGHT in (metrics := read_metrics(run)):
-            before, after = around(run, period := phase(run), args.near)
-            row += [f"{before.mean():.4f}", f"{after.mean():.4f}", f"{(after > before).sum()} of {len(after)}"]
-            print(f"; entropy weight {row[-3]} before and {row[-2]} after switches, higher after {row[-1]}", end="")
-            at, weight = metrics[WEIGHT]
-            course.plot(at, running_mean(weight, max(len(at) // 500, 1)), c=colour, lw=0.8)
-            width = period // 50
-            bins = [weight[(at > period) & ((at - 1) % period // width == i)].mean() for i in range(50)]
-            mean.plot(width * (np.arange(50) + 0.5), bins, c=colour)
-        print()
-        rows.append(row)
-    if not rows:
+    if not args.runs:
         raise UserError("There are no runs: expected their folders.")
+    figure, (earned, course, mean) = panels(3)
     earned.set(title="reward collected, mean over seeds", xlabel="environment steps of one lifetime")
     course.set(title="entropy weight, mean over seeds", xlabel="environment steps of one lifetime")
     mean.set(title="entropy weight, mean over phases", xlabel="environment steps since the switch")
-    for ax in (earned, course, mean):
-        count_axis(ax)
+    rows, handles = [], {}
+    for run, colour in zip(args.runs, itertools.cycle(COLOURS), strict=False):
+        method, steps, rewards = collected(run)
+        middle = iqm_interval(rewards.sum(0)[None])
+        row = [method, rewards.shape[1], steps[-1], *(f"{x:.0f}" for x in (middle.point, middle.low, middle.high))]
+        (handles[method],) = earned.plot(steps, np.cumsum(rewards.mean(1)), c=colour)
+        print(f"{method}: total reward {middle.point:.0f} [{middle.low:.0f}, {middle.high:.0f}]", end="")
+        if WEIGHT in read_metrics(run):
+            before, after = around(run, phase(run), args.near)
+            row += [f"{before.mean():.4f}", f"{after.mean():.4f}", f"{(after > before).sum()} of {len(after)}"]
+            print(f"; entropy weight {row[-3]} before and {row[-2]} after switches, higher after {row[-1]}", end="")
+            draw_weight(run, course, mean, colour)
+        print()
+        rows.append(row)
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "totals.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["method", "seeds", "steps", "total", "low", "high", "weight before", "weight after", "higher"])
         table.writerows(rows)
+    for ax in (earned, course, mean):
+        count_axis(ax)
     legend(figure, handles)
     save_figure(figure, args.out / "two_colours.png")
     print(f"figure: {args.out / 'two_colours.png'}")

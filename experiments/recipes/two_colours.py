@@ -5,7 +5,8 @@ al., "Meta-Gradients in Non-Stationary Environments", CoLLAs 2022, where they ar
 and value, plain gradient steps every 16 steps, discount 0.99, and a network of 2 x 64 that reads the mean rewards of
 the last 10 rollouts and says the weight. Lifetimes are 2 million steps, a fifth of the paper's, so agents must be
 quick: ours take steps of 0.3 for the policy and of 0.03 for the value, with a trace decay of 0.5 (the paper: 0.1 for
-both, and the decay is 0 or 1 where it is known). The learned weight is below 0.3 and starts at 0.1. BMG looks L = 2
+both, and the decay is 0 or 1 where it is known). The learned weight is between 0.1 and 0.3 and starts
+at 0.15: with less of it, agents that once avoid both objects after a switch do so for good. BMG looks L = 2
 updates ahead (published: 8 to 16) and compares policies on the states of both: with more steps that hold the bonus, the
 target pulls the weight up all the time. Its outer Adam has eps 1e-5 (published: 1e-4), since its gradients are small.
 
@@ -35,7 +36,7 @@ _NUMBERS = Hyper(
     gae_lambda=0.5,
     clip_range=math.inf,
     vf_coef=0.1,
-    ent_coef=0.1,
+    ent_coef=0.15,
     max_grad_norm=math.inf,
 )
 _AGENT = PPOConfig(
@@ -67,7 +68,7 @@ _MG = replace(
     loss=OuterLossConfig(policy_entropy=0.1),
 )
 _LEARNED = replace(
-    _FIXED, hyperparameters="contextual", self_tune="ent_coef=0:0.3", set=("hyperparameters.hidden=[64,64]",)
+    _FIXED, hyperparameters="contextual", self_tune="ent_coef=0.1:0.3", set=("hyperparameters.hidden=[64,64]",)
 )
 
 

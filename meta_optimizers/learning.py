@@ -7,9 +7,8 @@ The outer loss of an agent on fresh experience is, as in Oh et al., 2020, arXiv:
 with A and G from the outer critic, which learns from the same experience and exists only here, and pi_0 the policy with
 which the window began. The last two terms are those of Zahavy et al., 2020, arXiv:2002.12928; both are off unless asked
 for. The numbers of this loss are those of `OuterLossConfig` and `OuterCriticConfig`, frozen: no learned number enters
-it. Where data are judged by
-another agent than the one that collected them, log pi becomes the ratio of probabilities. What evolution compares is
-not this surrogate but what the agents earn.
+it. Where data are judged by another agent than the one that collected them, log pi becomes the ratio of probabilities.
+What evolution compares is not this surrogate but what the agents earn.
 """
 
 from __future__ import annotations

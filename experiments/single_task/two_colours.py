@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 from experiments.cli import speaking
 from experiments.figures import COLOURS, count_axis, legend, panels, save_figure
@@ -119,6 +120,7 @@ def main(args: TwoColours) -> None:
         table.writerows(rows)
     for ax in (earned, course, mean):
         count_axis(ax)
+    earned.yaxis.set_major_formatter(EngFormatter(sep=""))
     legend(figure, handles)
     save_figure(figure, args.out / "two_colours.png")
     print(f"figure: {args.out / 'two_colours.png'}")

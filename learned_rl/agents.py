@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from torch.func import functional_call
 from torch.nn.functional import conv2d, embedding
 
 from learned_rl.distributions import Categorical, ClippedGaussian, Distribution, SquashedGaussian
+from learned_rl.layout import Layout, Part, dormancy
 from learned_rl.spaces import Choice, searched
 from learned_rl.types import UserError
 
@@ -75,16 +76,19 @@ class AgentOutput:
         policy: action distribution.
         value:  [...] V(obs), or None where the agent was asked for the policy alone or has no value head.
         heads:  name -> [..., size] of the extra heads.
+        units:  layer -> [..., H] what its units said, of an agent that is watched.
     """
 
     policy: Distribution
     value: Tensor | None = None
     heads: dict[str, Tensor] = field(default_factory=dict)
+    units: dict[str, Tensor] = field(default_factory=dict)
 
     def map(self, f: Callable[[Tensor], Tensor]) -> AgentOutput:
         """The same output with `f` applied to each tensor (to slice rows, reshape or detach)."""
         value = None if self.value is None else f(self.value)
-        return AgentOutput(self.policy.map(f), value, {k: f(v) for k, v in self.heads.items()})
+        heads, units = ({k: f(v) for k, v in named.items()} for named in (self.heads, self.units))
+        return AgentOutput(self.policy.map(f), value, heads, units)
 
     def detach(self) -> AgentOutput:
         """Values only; the caller says why."""
@@ -126,10 +130,12 @@ class Agent(ABC):
         value:  whether there is a value head.
         conditions: names of the numbers of the update that the network is told; its weight "condition" holds them.
         obs_dim: number of axes of one observation, by which [P, B, ...] is told from [T, P, B, ...].
+        watched: whether outputs tell what the units of its layers said, for update rules that ask.
     """
 
     shapes: dict[str, tuple[int, ...]]
     conditions: tuple[str, ...] = ()
+    watched: bool = False
 
     def __init__(self, policy: PolicyHead, heads: Mapping[str, int], value: bool, obs_dim: int) -> None:
         self.policy, self.heads, self.value, self.obs_dim = policy, dict(heads), value, obs_dim
@@ -138,6 +144,11 @@ class Agent(ABC):
     def layers(self) -> tuple[str, ...]:
         """Names of the layers in order: a weight and its bias are one."""
         return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.shapes if name != CONDITION))
+
+    @property
+    def layout(self) -> Layout:
+        """Of one agent's row of theta."""
+        return Layout.of(self.shapes)
 
     @abstractmethod
     def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
@@ -237,27 +248,55 @@ class MLPAgent(Agent):
             weights[f"{name}.weight"] = _orthogonal(n_in, n_out, gain, generator)
         return weights
 
-    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
-        return self._from_features(w, obs.flatten(2), policy_only)
+    @property
+    def layout(self) -> Layout:
+        after = self.depth + len(self._first_layers)  # layers before the last one
+        depths = dict.fromkeys((*self._first_layers, "embedding"), 0.0)
+        for trunk in ("trunk", "value_trunk"):
+            before = 0 if trunk == "value_trunk" else len(self._first_layers)
+            depths |= {f"{trunk}{i}": (before + i) / after for i in range(self.depth)}
+        parts = []
+        for name, shape in self.shapes.items():
+            layer = name.rpartition(".")[0]  # none for what is no layer's
+            critic = layer.startswith("value")
+            axis = 0 if layer in self._first_layers else -1
+            parts.append(Part(name, shape, depths.get(layer, 1.0 if layer else 0.0), critic, layer or None, axis))
+        return Layout(parts)
 
-    def _from_features(self, w: Weights, features: Tensor, policy_only: bool) -> AgentOutput:
+    @property
+    def _first_layers(self) -> tuple[str, ...]:
+        """Names of layers before the perceptron's own, whose weights have their units on the first axis."""
+        return ()
+
+    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
+        return self._from_features(w, obs.flatten(2), policy_only, {})
+
+    def _from_features(self, w: Weights, features: Tensor, policy_only: bool, units: dict[str, Tensor]) -> AgentOutput:
         if self.conditions:
             told = w[CONDITION].detach().unsqueeze(1)  # stop: it is told, not learned
             embedded = _linear(w, "embedding", told).expand(-1, features.shape[1], -1)
             features = torch.cat([features, embedded], -1)
-        x = self._trunk(w, "trunk", features)
+        x = self._trunk(w, "trunk", features, units)
         numbers = _linear(w, "policy", x)
         if policy_only:
             return self._output(w, numbers, None, {})
         value = None
         if self.value:
-            y = x if self.shared else self._trunk(w, "value_trunk", features)
-            value = _linear(w, "value", y).squeeze(-1)
-        return self._output(w, numbers, value, {k: _linear(w, f"head_{k}", x) for k in self.heads})
+            y = x if self.shared else self._trunk(w, "value_trunk", features, units)
+            value = _linear(w, "value", y)
+        heads = {k: _linear(w, f"head_{k}", x) for k in self.heads}
+        units |= {"policy": numbers} | {f"head_{k}": v for k, v in heads.items()}
+        if value is not None:
+            units["value"] = value
+            value = value.squeeze(-1)
+        out = self._output(w, numbers, value, heads)
+        if not self.watched:
+            return out
+        return replace(out, units={k: x.detach() for k, x in units.items()})  # stop: a look
 
-    def _trunk(self, w: Weights, trunk: str, x: Tensor) -> Tensor:
+    def _trunk(self, w: Weights, trunk: str, x: Tensor, units: dict[str, Tensor]) -> Tensor:
         for i in range(self.depth):
-            x = self.activation(_linear(w, f"{trunk}{i}", x))
+            x = units[f"{trunk}{i}"] = self.activation(_linear(w, f"{trunk}{i}", x))
         return x
 
 
@@ -298,8 +337,14 @@ class ConvAgent(MLPAgent):
         planes = obs.transpose(0, 1).reshape(n, P * self.planes[0], *self.planes[1:])
         kernel = w["conv.weight"].reshape(P * self.channels, self.planes[0], 3, 3)
         x = self.activation(conv2d(planes, kernel, w["conv.bias"].reshape(-1), groups=P))
-        features = x.reshape(n, P, -1).transpose(0, 1)
-        return self._from_features(w, features, policy_only)
+        x = x.reshape(n, P, self.channels, -1).transpose(0, 1)
+        # stop: a look; a channel is a unit, and what it says anywhere on the image counts
+        units = {"conv": x.detach().abs().mean(-1)} if self.watched else {}
+        return self._from_features(w, x.flatten(2), policy_only, units)
+
+    @property
+    def _first_layers(self) -> tuple[str, ...]:
+        return ("conv",)
 
 
 class ModuleAgent(Agent):
@@ -425,6 +470,17 @@ class Population(nn.Module):
         own = [index.get(name.rpartition(".")[0] or name, 0) for name in self.agent.shapes]
         sizes = torch.tensor(self.sizes, device=self.theta.device)
         return torch.tensor(own, device=self.theta.device).repeat_interleave(sizes)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Of a row of theta, on its device."""
+        return self.agent.layout.to(self.theta.device)
+
+    def activity(self, out: AgentOutput) -> Tensor:
+        """[P, D] how active the unit is that a weight feeds (see `learned_rl.layout.dormancy`), from what the agents
+        said of [P, B, ...] or [T, P, B, ...]; 1 where no unit was watched."""
+        units = {k: x if x.dim() == 3 else x.transpose(0, 1).flatten(1, 2) for k, x in out.units.items()}
+        return self.layout.spread(dormancy(units), self.theta)
 
     def told(self, theta: Tensor, hyper: Hyper) -> Tensor:
         """Theta `[P, D]` with the numbers of the update in the place of those that its agents were told; the same

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_rl.agents import AgentOutput
+from learned_rl.layout import Layout, StepContext
 from learned_rl.spaces import LogOneMinus, LogUniform, searched
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, UserError, at_least
@@ -291,18 +292,37 @@ class UpdateRule(Component):
     """
 
     slot = "optimizer"
+    #: whether it takes the gradient as a constant, so that no second derivatives of the agents' loss are needed
+    stops_gradient: ClassVar[bool] = False
+    #: whether it reads `StepContext.activity`
+    reads_activity: bool = False
+    #: whether it reads `StepContext.noise`
+    draws: bool = False
+    #: learning rate with which it is what its paper describes
+    suited_rate: ClassVar[float] = 1e-3
+
+    def fit_layout(self, layout: Layout) -> None:
+        """Take the size of these rows, if any of its parameters depends on it; once, in place (see `fit`).
+
+        Raises:
+            UserError: it was made for other rows.
+        """
+        return
 
     @abstractmethod
     def initial_state(self, theta: Tensor) -> Tree:
         """State of fresh rows: name -> [P, ...]."""
 
     @abstractmethod
-    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+    def update(
+        self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar, context: StepContext | None = None
+    ) -> tuple[Tensor, Tree]:
         """The step to add to theta, and the new state; differentiable, nothing in place.
 
         Args:
             grad, theta:   [P, D].
             learning_rate: a float, or a tensor that broadcasts against [P, D].
+            context:       what is known of the step; None: nothing.
         """
 
 

@@ -212,7 +212,7 @@ class Lifetimes:
         trajectory = self.collect(inner) if trajectory is None else trajectory
         context = Context(self.age, self.horizon, self.memory)
         generator = torch.Generator(self.device).manual_seed(self.shuffle())
-        record = self.algorithm.update(inner, trajectory, context, self.hyper, generator)
+        record = self.algorithm.update(inner, trajectory, context, self.hyper, generator, self.streams)
         self.memory = record.memory
         if not inner.graph:
             self.optimizer_state = inner.state

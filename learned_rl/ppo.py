@@ -32,7 +32,9 @@ from learned_rl.component import (
 )
 from learned_rl.defaults import Constants, ConstantsConfig, EnvironmentReward, NoAuxiliary, PPOClip, PPOClipConfig
 from learned_rl.inner_loop import Inner
+from learned_rl.layout import StepContext
 from learned_rl.spaces import Choice, Integers, PowersOfTwo, searched
+from learned_rl.streams import Streams, noise
 from learned_rl.trajectory import Trajectory, flatten_time
 from learned_rl.types import Tree, UserError, at_least
 from learned_rl.update_rules import RULES
@@ -198,10 +200,13 @@ class Algorithm:
         value = self.slots.objective.needs_value
         conditions = self.slots.hyperparameters.conditions
         if self.agent_factory is None:
-            return make_agent(self.config.agent, observation_space, action_space, heads, value, conditions)
-        if conditions:
+            agent = make_agent(self.config.agent, observation_space, action_space, heads, value, conditions)
+        elif conditions:
             raise UserError(f"Agents must be told {', '.join(conditions)}: expected a configured architecture.")
-        return self.agent_factory(observation_space, action_space, heads, value)
+        else:
+            agent = self.agent_factory(observation_space, action_space, heads, value)
+        agent.watched = self.slots.optimizer.reads_activity
+        return agent
 
     def fit(self, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Agent:
         """The agent, after the components have taken the size that it asks for.
@@ -212,6 +217,7 @@ class Algorithm:
         agent = self.make_agent(observation_space, action_space)
         for _, component in self.slots.items():
             component.fit(observation_space, action_space, agent.layers)
+        self.slots.optimizer.fit_layout(agent.layout)
         return agent
 
     def initial_memory(self, lifetimes: int) -> Tree:
@@ -219,7 +225,13 @@ class Algorithm:
         return {f"{s}/{k}": v for s, c in self.slots.items() for k, v in c.initial_memory(lifetimes).items()}
 
     def update(
-        self, inner: Inner, trajectory: Trajectory, context: Context, hyper: Hyper, generator: torch.Generator
+        self,
+        inner: Inner,
+        trajectory: Trajectory,
+        context: Context,
+        hyper: Hyper,
+        generator: torch.Generator,
+        streams: Streams | None = None,
     ) -> UpdateRecord:
         """Move every lifetime by one update.
 
@@ -228,7 +240,8 @@ class Algorithm:
             trajectory: [T, P, B] experience at the present parameters.
             context:    age, horizon and memory ("slot/name" -> [P, ...]) of each lifetime.
             hyper:      configured numbers, before the hyperparameter slot.
-            generator:  draws the minibatches.
+            generator:  draws the minibatches, and noise for a rule that asks.
+            streams:    which stream each lifetime's noise is drawn from; None: its own.
         """
         c, slots = self.config, self.slots
         collected = trajectory
@@ -252,7 +265,7 @@ class Algorithm:
         active: Tensor | None = None
         sums: list[Metrics] = []
         first = out.map(lambda x: x[:-1]) if whole and not linked else None
-        for part_out, part in self._parts(inner, trajectory, rows, first, generator):
+        for k, (part_out, part) in enumerate(self._parts(inner, trajectory, rows, first, generator)):
             part_out = part_out if healthy else _revive(part_out, alive, 1 if whole else 0)
             loss, metrics = slots.objective.loss(part_out, part, hyper)
             if not isinstance(slots.auxiliary, NoAuxiliary):
@@ -268,10 +281,28 @@ class Algorithm:
                 active = below if active is None else active & below
                 if not bool(active.any()):
                     break
-            inner.step(loss, hyper, active)
+            inner.step(loss, hyper, active, self._step_context(inner, part_out, context, k, generator, streams))
             sums.append(metrics)
         flat = {f"{slot}/{k}": v for slot, tree in memory.items() for k, v in tree.items()}
         return UpdateRecord(collected, out, batch, flat, hyper, alive, _average(sums))
+
+    def _step_context(
+        self,
+        inner: Inner,
+        out: AgentOutput,
+        context: Context,
+        k: int,
+        generator: torch.Generator,
+        streams: Streams | None,
+    ) -> StepContext:
+        """What the update rule may know of the update's k-th gradient step."""
+        c, rule = self.config, self.slots.optimizer
+        progress = (context.age / (context.horizon - 1).clamp(min=1)).clamp(max=1.0)
+        activity = inner.population.activity(out) if rule.reads_activity else None
+        drawn = (
+            noise(torch.Tensor.normal_, inner.theta.detach(), generator, streams) if rule.draws else None
+        )  # stop: its shape
+        return StepContext(None, progress, k // c.n_minibatches / max(c.n_epochs - 1, 1), activity, drawn)
 
     def _ask(
         self, inner: Inner, trajectory: Trajectory, context: Context, hyper: Hyper

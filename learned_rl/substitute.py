@@ -35,6 +35,7 @@ from learned_rl.component import (
     Scalar,
     UpdateRule,
 )
+from learned_rl.layout import StepContext
 from learned_rl.tasks.base import unknown
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, UserError
@@ -51,6 +52,9 @@ _DESCRIBED = (
     "differentiates_inputs",
     "tuned",
     "conditions",
+    "stops_gradient",
+    "reads_activity",
+    "draws",
 )
 
 
@@ -171,7 +175,7 @@ def _each(x: Any, axis: Any, f: Callable[[Tensor, int], Tensor]) -> Any:
         case Hyper():  # numbers of a lifetime [P, 1], or of each step [T, P, B]
             at = lambda v: 1 if isinstance(v, Tensor) and v.dim() == 3 else axis  # noqa: E731
             return dataclasses.replace(x, **{k: _each(v, at(v), f) for k, v in vars(x).items()})
-        case Trajectory() | Context():
+        case Trajectory() | Context() | StepContext():
             return dataclasses.replace(x, **{k: _each(v, axis, f) for k, v in vars(x).items()})
     return x  # a number for all lifetimes, or None
 
@@ -244,10 +248,12 @@ class _UpdateRule(_Substitute, UpdateRule):
     def initial_state(self, theta: Tensor) -> Tree:
         return self._ask("initial_state", (theta,), (0,), 0)
 
-    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+    def update(
+        self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar, context: StepContext | None = None
+    ) -> tuple[Tensor, Tree]:
         if self._lead and isinstance(learning_rate, Tensor):  # it may be one for all lifetimes
             learning_rate = learning_rate.expand(torch.broadcast_shapes(learning_rate.shape, (len(theta), 1)))
-        return self._ask("update", (grad, state, theta, learning_rate), (0, 0, 0, 0), (0, 0))
+        return self._ask("update", (grad, state, theta, learning_rate, context), (0, 0, 0, 0, 0), (0, 0))
 
 
 _SUBSTITUTES: dict[str, type[_Substitute]] = {

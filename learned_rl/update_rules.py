@@ -1,21 +1,21 @@
 """Hand-made update rules for the optimizer slot: pure functions on rows of parameters.
 
-Every rule is written once, as `update(grad, state, theta, learning_rate) -> step, state`, and used three ways: in
-place by plain training, through `higher` inside a differentiable window (`inner_loop`), and as a
-`torch.optim.Optimizer` for any other torch code (`RuleOptimizer`). The state is an explicit tree of tensors with the
-lifetime axis first, so that it is carried over windows, detached, restarted row by row, and saved like anything else.
+Every rule is written once, as `update(grad, state, theta, learning_rate, context) -> step, state`, and used three ways:
+in place by plain training, through `higher` inside a differentiable window (`inner_loop`), and as a
+`torch.optim.Optimizer` for any other torch code (`rule_optimizer`). The state is an explicit tree of tensors with the
+lifetime axis first and the axis of parameters last, so that it is carried over windows, detached, restarted row by
+row, and saved like anything else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from learned_rl.component import NoConfig, Scalar, UpdateRule
+from learned_rl.layout import StepContext
 from learned_rl.types import Tree
 
 
@@ -41,7 +41,9 @@ class SGD(UpdateRule):
     def initial_state(self, theta: Tensor) -> Tree:
         return {}
 
-    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+    def update(
+        self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar, context: StepContext | None = None
+    ) -> tuple[Tensor, Tree]:
         return -learning_rate * grad, state
 
 
@@ -59,7 +61,9 @@ class Momentum(UpdateRule):
     def initial_state(self, theta: Tensor) -> Tree:
         return {"velocity": torch.zeros_like(theta)}
 
-    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+    def update(
+        self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar, context: StepContext | None = None
+    ) -> tuple[Tensor, Tree]:
         velocity = self.config.momentum * state["velocity"] + grad
         return -learning_rate * velocity, {"velocity": velocity}
 
@@ -82,7 +86,9 @@ class RMSProp(UpdateRule):
     def initial_state(self, theta: Tensor) -> Tree:
         return {"square": torch.zeros_like(theta)}
 
-    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+    def update(
+        self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar, context: StepContext | None = None
+    ) -> tuple[Tensor, Tree]:
         c = self.config
         square = state["square"] * c.decay + (1 - c.decay) * grad * grad
         return -learning_rate * grad / _root(square, c.eps, c.stop_denominator), {"square": square}
@@ -114,7 +120,9 @@ class Adam(UpdateRule):
         zeros = torch.zeros_like(theta)
         return {"first": zeros, "second": zeros.clone(), "count": zeros.new_zeros(len(theta), 1)}
 
-    def update(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree]:
+    def update(
+        self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar, context: StepContext | None = None
+    ) -> tuple[Tensor, Tree]:
         c = self.config
         count = state["count"] + 1
         first = state["first"] + (1 - c.beta1) * (grad - state["first"])
@@ -130,43 +138,10 @@ def _root(square: Tensor, eps: float, stop: bool) -> Tensor:
     """sqrt(square) + eps, whose derivative is zero (not infinite) where square is zero."""
     if stop:
         square = square.detach()  # stop: the denominator is a constant of the meta-gradient
-    if not square.requires_grad:
+    if not torch.is_grad_enabled():  # under `vmap` a tensor does not say whether it carries a gradient
         return square.sqrt() + eps
     positive = square > 0
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) + eps
 
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (SGD, Momentum, RMSProp, Adam)}
-
-
-class RuleOptimizer(torch.optim.Optimizer):
-    """Any update rule as a `torch.optim.Optimizer`, for code that is not ours.
-
-    Args:
-        params: parameters or groups, as for any torch optimizer.
-        rule:   the update rule.
-        lr:     learning rate of the groups that name none.
-        rows:   treat a parameter's first axis as the lifetime axis; otherwise each parameter is one row.
-    """
-
-    def __init__(self, params: Iterable[Any], rule: UpdateRule, lr: float = 1e-3, rows: bool = False) -> None:
-        self.rule, self.rows = rule, rows
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                shape = (p.shape[0], -1) if self.rows else (1, -1)
-                theta = p.view(shape)
-                state = self.state[p] or self.rule.initial_state(theta)
-                step, new_state = self.rule.update(p.grad.reshape(shape), state, theta, group["lr"])
-                self.state[p] = new_state
-                theta.add_(step)
-        return loss

@@ -183,7 +183,7 @@ class Learning(Problem):
         context = Context(state["age"], self.lives.horizon, under("memory", state))
         generator = torch.Generator(self.lives.device).manual_seed(int(data["shuffle"]))
         with torch.enable_grad():  # an inner gradient in either case
-            record = algorithm.update(inner, _trajectory(data), context, self.lives.hyper, generator)
+            record = algorithm.update(inner, _trajectory(data), context, self.lives.hyper, generator, self.streams)
         out = record.out.map(lambda x: x[:-1])
         loss, parts = self._loss(out, self._cleared(state, data, judged)[1])
         loss = loss if torch.equal(judged, alive) else torch.where(judged | ~alive, loss, torch.nan)

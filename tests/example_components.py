@@ -76,7 +76,7 @@ class LearnedStep(UpdateRule):
     def initial_state(self, theta):
         return {"velocity": torch.zeros_like(theta)}
 
-    def update(self, grad, state, theta, learning_rate):
+    def update(self, grad, state, theta, learning_rate, context=None):
         velocity = torch.sigmoid(self.decay) * state["velocity"] + grad
         return -learning_rate * velocity, {"velocity": velocity}
 

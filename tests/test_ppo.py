@@ -139,7 +139,7 @@ class PlainAdam(UpdateRule):
         zeros = torch.zeros_like(theta)
         return {"m": zeros, "v": zeros.clone(), "t": theta.new_zeros(len(theta), 1)}
 
-    def update(self, grad, state, theta, learning_rate):
+    def update(self, grad, state, theta, learning_rate, context=None):
         t = state["t"] + 1
         m, v = 0.9 * state["m"] + 0.1 * grad, 0.999 * state["v"] + 0.001 * grad**2
         step = -learning_rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
@@ -149,7 +149,7 @@ class PlainAdam(UpdateRule):
 class Still(SGD):
     name = "still"
 
-    def update(self, grad, state, theta, learning_rate):
+    def update(self, grad, state, theta, learning_rate, context=None):
         return 0 * grad, state
 
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from learned_rl.component import Hyper, lifetime_mean
 from learned_rl.inner_loop import GraphInner, PlainInner
 from learned_rl.ppo import PPOConfig, Slots
+from learned_rl.rule_optimizer import RuleOptimizer
 from learned_rl.types import UserError
 from learned_rl.update_rules import (
     RULES,
@@ -20,7 +21,6 @@ from learned_rl.update_rules import (
     MomentumConfig,
     RMSProp,
     RMSPropConfig,
-    RuleOptimizer,
     clip_norm,
     select_rows,
 )

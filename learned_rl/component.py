@@ -293,7 +293,7 @@ class UpdateRule(Component):
 
     slot = "optimizer"
     #: whether it takes the gradient as a constant, so that no second derivatives of the agents' loss are needed
-    stops_gradient: ClassVar[bool] = False
+    stops_gradient: bool = False
     #: whether it reads `StepContext.activity`
     reads_activity: bool = False
     #: whether it reads `StepContext.noise`

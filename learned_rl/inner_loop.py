@@ -140,7 +140,7 @@ class GraphInner(Inner):
         if theta is not None:
             # stop: constants have no graph to go on; the inner gradient needs a leaf
             self._replace(theta if theta.requires_grad else theta.detach().requires_grad_())
-        torch_side = RuleOptimizer([population.theta], rule, rows=True)
+        torch_side = torch.optim.SGD([population.theta])  # of which `higher` takes the groups; the rule is ours
         self._optimizer = _HigherRule(torch_side, [population.theta], fmodel=self._fast)
         # Weak, since a cycle would keep the window's tensors until Python happens to look for cycles.
         self._optimizer.inner = weakref.proxy(self)

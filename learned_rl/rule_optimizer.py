@@ -6,6 +6,7 @@ layer lies) it knows here too, and a step is a handful of operations however man
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,24 +65,36 @@ class RuleOptimizer(torch.optim.Optimizer):
         for layout in self._layouts:
             self.rule.fit_layout(layout)
 
-    def watch(self, module: nn.Module) -> None:
+    def watch(self, module: nn.Module, critic: Callable[[str], bool] = lambda name: False) -> None:
         """Tell the rule what the module is made of, and how active its units are in each forward pass.
 
-        Linear and convolutional layers count; their depth is their order in the module, and their units are seen where
-        the next of them reads them.
+        Linear and convolutional layers count, and their depth is their order in their network. Their units are seen
+        where another layer reads them: what modules make of a layer's output is followed from one to the next, and
+        where a function that is no module stands between, the layer before is taken, if it is as wide.
+
+        Args:
+            critic: whether only the value depends on the layer of that name; those are a network of their own.
         """
         for hook in self._hooks:
             hook.remove()
         names = [name for name, m in module.named_modules() if isinstance(m, _WATCHED)]
-        self._parts, last = {}, max(len(names) - 1, 1)
-        for i, name in enumerate(names):
+        apart = [n for n in names if not critic(n)], [n for n in names if critic(n)]
+        depth = {n: i / max(len(apart[0]) - 1, 1) for i, n in enumerate(apart[0])}
+        depth |= {n: i / (len(apart[1]) - 1) if len(apart[1]) > 1 else 1.0 for i, n in enumerate(apart[1])}
+        self._parts, self._units = {}, {}
+        for name in names:
             layer = module.get_submodule(name)
             for tensor, p in layer.named_parameters(recurse=False):
-                self._parts[p] = Part(f"{name}.{tensor}", tuple(p.shape), i / last, False, name, 0)
+                self._parts[p] = Part(f"{name}.{tensor}", tuple(p.shape), depth[name], name in apart[1], name, 0)
         self._layouts = [self._laid_out(group["params"]) for group in self.param_groups]
-        self._hooks = [m.register_forward_hook(self._look(n)) for n, m in module.named_modules() if n in set(names)]
-        self._before: tuple[str, int] | None = None
-        self._hooks.append(module.register_forward_pre_hook(self._begin))
+        self._before: str | None = None
+        self._axis: dict[str, int] = {}
+        self._said: dict[str, tuple[weakref.ref[Tensor], str | None]] = {}
+        self._hooks = []
+        if self.rule.reads_activity:
+            leaves = [(name, m) for name, m in module.named_modules() if next(m.children(), None) is None]
+            self._hooks = [m.register_forward_hook(self._look(n, n in depth)) for n, m in leaves]
+            self._hooks.append(module.register_forward_pre_hook(self._begin))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -159,18 +172,34 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         self._before = None
 
-    def _look(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        """A forward hook: the units of the layer before are what this one reads; its own, until then, what it says."""
+    def _look(self, name: str, watched: bool) -> Callable[[nn.Module, Any, Any], None]:
+        """A forward hook: the units of a layer are what another one reads; its own, until then, what it says."""
 
-        def look(module: nn.Module, inputs: tuple[Tensor, ...], said: Tensor) -> None:
-            channels = 1 if isinstance(module, _WATCHED[1:]) else -1
-            read = _units(inputs[0], channels)
-            if self._before is not None and read.shape[-1] == self._before[1]:
-                self._units[self._before[0]] = read
-            own = _units(said, channels)
-            self._units[name], self._before = own, (name, own.shape[-1])
+        def look(module: nn.Module, inputs: tuple[Any, ...], said: Any) -> None:
+            if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(said, Tensor):
+                return
+            read = inputs[0]
+            axis = _channels(module)
+            source = self._source(read, axis)
+            if source is not None and not watched and said.shape == read.shape:
+                self._units[source] = _units(said, self._axis[source])  # an activation
+            elif source is not None and watched and read.shape[axis] == self._units[source].shape[-1]:
+                self._units[source] = _units(read, axis)
+            if watched:
+                self._units[name], self._axis[name] = _units(said, axis), axis
+                self._before = name
+            self._said[name] = (weakref.ref(said), name if watched else source)
 
         return look
+
+    def _source(self, x: Tensor, axis: int) -> str | None:
+        """The layer of whose units, along that axis, x is made; None: it is none's, such as an observation."""
+        for said, source in self._said.values():
+            if said() is x:
+                return source
+        if self._before is None or not x.dim() or x.shape[axis] != self._units[self._before].shape[-1]:
+            return None
+        return self._before
 
 
 def _rule(rule: UpdateRule | str | Path) -> UpdateRule:
@@ -189,6 +218,11 @@ def trained_rate(rule: UpdateRule) -> float:
 def _kept(here: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """State [P, ..., D] that moves only where `here [D]`; what belongs to the whole row, [P, 1], moves anyway."""
     return torch.where(here, new, old) if new.shape[-1] == len(here) else new
+
+
+def _channels(module: nn.Module) -> int:
+    """The axis along which a module's units are counted."""
+    return 1 if isinstance(module, _WATCHED[1:]) else -1
 
 
 def _units(x: Tensor, axis: int) -> Tensor:

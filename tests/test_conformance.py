@@ -22,6 +22,7 @@ from torch.testing import assert_close
 from learned_rl import PPO, PPOConfig, artifacts
 from learned_rl.agents import AgentConfig, Population, make_agent
 from learned_rl.component import Component, Context, Hyper
+from learned_rl.layout import StepContext
 from learned_rl.ppo import Algorithm, Slots
 from learned_rl.registry import components, make_family
 from learned_rl.trajectory import Trajectory, flatten_time
@@ -91,7 +92,17 @@ def build(kind: type[Component], config: typing.Any, seed: int = 0) -> Component
     component = kind(config)
     agent = make_agent(AGENT, experience.SPACES["mlp"], ACTIONS, component.heads(ACTIONS))
     component.fit(experience.SPACES["mlp"], ACTIONS, agent.layers)
-    return component.double()
+    if component.slot == "optimizer":
+        component.fit_layout(agent.layout)
+    return awake(component).double()
+
+
+def awake(component: Component) -> Component:
+    """With other weights if all are zero at first, as evolution wants it: what does nothing has no gradient either."""
+    if getattr(component.config, "start", None) == "zero":
+        for weight in component.parameters():
+            weight.data.copy_(0.1 * torch.randn(weight.shape))
+    return component
 
 
 KINDS = components() | examples.EXAMPLES
@@ -116,6 +127,7 @@ def _registered(monkeypatch):
 AXES = {name: (1, 2) for name in ("obs", "action", "log_prob", "reward", "terminated", "truncated", "final_obs")}
 AXES |= {name: (1, 2) for name in ("next_value", "batch")}
 AXES |= {name: (0, None) for name in ("theta", "grad", "age", "horizon", "hyper", "memory", "state", "loss", "step")}
+AXES |= {"activity": (0, None), "noise": (0, None)}
 AXES |= {"metrics": (0, None), "regulariser": (0, None)}
 
 
@@ -157,7 +169,8 @@ class Case:
         d, c = self.data, self.component
         hyper = Hyper(**self.branch("hyper"))
         if c.slot == "optimizer":
-            step, state = c.update(d["grad"], self.branch("state"), d["theta"], hyper.learning_rate)
+            known = StepContext(self.agents.layout, d["age"] / d["horizon"], 0.5, d["activity"], d["noise"])
+            step, state = c.update(d["grad"], self.branch("state"), d["theta"], hyper.learning_rate, known)
             return {"step": step} | prefixed("state", state)
         rollout = Trajectory(**{f.name: d[f.name] for f in dataclasses.fields(Trajectory)})
         context = Context(d["age"], d["horizon"], self.branch("memory"))
@@ -207,7 +220,8 @@ def case(component: Component, seed: int = 0) -> Case:
     data |= prefixed("memory", {k: to(v, torch.float64) for k, v in component.initial_memory(P).items()})
     data["theta"] = 0.5 * normal(*Case(component, {}).agents.theta.shape)
     if component.slot == "optimizer":
-        data["grad"] = normal(*data["theta"].shape)
+        data |= {name: normal(*data["theta"].shape) for name in ("grad", "noise")}
+        data["activity"] = data["theta"].abs()
         _, state = component.update(data["grad"] + 1, component.initial_state(data["theta"]), data["theta"], 0.01)
         data |= prefixed("state", detached(state))  # in the middle of a lifetime
     return Case(component, data)
@@ -444,7 +458,7 @@ def test_it_plugs_into_ppo(kind, config, env):
     small, hyper = AgentConfig(hidden=(8,)), Hyper(ent_coef=0.01)  # no weight is zero, which could not be learned
     settings = PPOConfig(n_envs=2, n_steps=8, n_epochs=2, n_minibatches=parts, hyper=hyper, agent=small)
     torch.manual_seed(0)
-    component = kind(config)
+    component = awake(kind(config))
     if refused := refusal(component, env):
         with pytest.raises(UserError, match=refused):
             PPO(families[env](), settings, seeds=2, **{kind.slot: component})

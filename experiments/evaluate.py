@@ -1,4 +1,4 @@
-"""`learned-rl evaluate FILE --family NAME`: a learned objective beside hand-made ones, on tasks nobody trained on.
+"""`learned-rl evaluate FILE --family NAME`: a learned objective or optimizer beside hand-made ones, on held-out tasks.
 
 Every method gets agents of the same architecture, the same environment steps in each lifetime, and the same number of
 tuning trials on validation tasks.
@@ -7,11 +7,13 @@ tuning trials on validation tasks.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
 import torch
+from gymnasium.spaces import Discrete
 
 from experiments.config_file import write_config
 from experiments.options import listed, usable_device
@@ -22,27 +24,33 @@ from experiments.tuning.agents import HAND_MADE, NUMBERS, AgentSettings, AgentSt
 from experiments.tuning.samplers import SearchConfig
 from experiments.tuning.study import Search
 from learned_rl import artifacts
-from learned_rl.component import Objective
+from learned_rl.component import Component, Objective, UpdateRule
 from learned_rl.evaluation import iqm, learning_curves
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import TaskFamily, unknown
 from learned_rl.types import UserError, at_least
+from learned_rl.update_rules import RULES
 
 TUNED = "tuned"  # folder of each method's best settings, as `train --config` takes them
 STUDIES = "studies.db"
 FIGURE = Path("figures") / "learning_curves.png"
-BASELINES = (*HAND_MADE, "untrained")
+UNTRAINED = "untrained"
+BASELINES = (*HAND_MADE, UNTRAINED)
+#: What each kind of component is compared with unless told otherwise.
+BASELINES_OF = {"objective": "a2c,ppo,untrained", "optimizer": "adam,rmsprop,untrained"}
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Compare a learned objective with hand-made ones on held-out tasks."""
+    """Compare a learned objective or optimizer with hand-made ones on held-out tasks."""
 
     family: str | None = None
     """task family as `name/preset`, or a gymnasium id; default: the one the file was trained on"""
-    baselines: str = "a2c,ppo,untrained"
-    """comma-separated: a2c, a2c-norm (a2c with normalised advantages), ppo, dpo, untrained"""
+    baselines: str | None = None
+    """comma-separated. Of an objective: a2c, a2c-norm (a2c with normalised advantages), ppo, dpo, untrained; default:
+    a2c,ppo,untrained. Of an optimizer, which moves the same agents: sgd, momentum, rmsprop, adam, untrained, files of
+    other learned optimizers; default: adam,rmsprop,untrained"""
     tasks: int = 64
     """held-out tasks"""
     seeds: int = 4
@@ -78,57 +86,101 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Method:
-    """A competitor: its algorithm, its lifetime, and whether its numbers are searched for."""
+    """A competitor: its algorithm, its lifetime, and whether its numbers are searched for.
+
+    Attributes:
+        parts:   slot -> what is plugged into it.
+        sources: slot -> name or file of it, where it has one.
+    """
 
     name: str
     config: PPOConfig
-    objective: Objective | None
-    source: str | None
+    parts: Mapping[str, Component]
+    sources: Mapping[str, str]
     horizon: int
     tuned: bool
 
+    @property
+    def objective(self) -> Objective | None:
+        """The plugged one, None for PPO's own."""
+        return part if isinstance(part := self.parts.get("objective"), Objective) else None
 
-def _objective(path: Path) -> Objective:
-    """The learned objective in a file."""
+    @property
+    def rule(self) -> UpdateRule | None:
+        """The plugged one, None for the config's."""
+        return part if isinstance(part := self.parts.get("optimizer"), UpdateRule) else None
+
+
+def _learned(path: Path) -> Objective | UpdateRule:
+    """The learned component in a file."""
     learned = artifacts.load(path)
-    if not isinstance(learned, Objective):
-        raise UserError(f"{path} holds a component of the slot {learned.slot!r}: evaluate expects an objective.")
+    if not isinstance(learned, Objective | UpdateRule):
+        slots = "expected an objective or an optimizer"
+        raise UserError(f"{path} holds a component of the slot {learned.slot!r}: {slots}.")
     return learned
 
 
-def _methods(learned: Objective, path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
+def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
     """The competitors, the learned one first."""
-    config = PPOConfig.suited(learned, family.observation_space)
+    rivals = _of_objectives if isinstance(learned, Objective) else _of_optimizers
     updates = args.updates or _default_updates(learned)
-    budget = updates * config.n_envs * config.n_steps
-    chosen = [Method(learned.name, config, learned, str(path), updates, args.tune_learned)]
-    for name in dict.fromkeys(listed(args.baselines) if args.baselines else []):
-        if name not in BASELINES:
-            raise unknown("baseline", name, BASELINES)
-        hand_made = name in HAND_MADE
-        settings, objective = competitor(name, family.observation_space) if hand_made else (config, _untrained(learned))
-        settings = dataclasses.replace(settings, n_envs=config.n_envs, n_steps=config.n_steps)
-        chosen.append(
-            Method(
-                name,
-                settings,
-                objective,
-                "dpo" if name == "dpo" else None,
-                budget // (settings.n_envs * settings.n_steps),
-                True,
-            )
-        )
+    names = args.baselines if args.baselines is not None else BASELINES_OF[learned.slot]
+    parts = {learned.slot: learned}
+    config = _suited(learned, family)
+    chosen = [Method(learned.name, config, parts, {learned.slot: str(path)}, updates, args.tune_learned)]
+    for name in dict.fromkeys(listed(names) if names else []):
+        chosen.append(rivals(name, learned, chosen[0], family))
+        if chosen[-1].name in [method.name for method in chosen[:-1]]:
+            raise UserError(f"Two methods are called {chosen[-1].name!r}: expected each once.")
     return chosen
 
 
-def _untrained(learned: Objective) -> Objective:
-    """The same component with fresh weights."""
-    fresh = components()[learned.name].from_config(vars(learned.config))
-    assert isinstance(fresh, Objective)
-    return fresh
+def _suited(learned: Objective | UpdateRule, family: TaskFamily) -> PPOConfig:
+    """The settings of its agents."""
+    space = family.observation_space
+    if isinstance(learned, Objective):
+        return PPOConfig.suited(learned, space)
+    return PPOConfig.suited(None, space, learned)
 
 
-def _default_updates(learned: Objective) -> int:
+def _of_objectives(name: str, learned: Objective | UpdateRule, first: Method, family: TaskFamily) -> Method:
+    """A baseline of a learned objective: another algorithm, with as many environment steps."""
+    if name not in BASELINES:
+        raise unknown("baseline", name, BASELINES)
+    config = first.config
+    if name == UNTRAINED:
+        return dataclasses.replace(first, name=name, parts=_untrained(learned), sources={}, tuned=True)
+    settings, objective = competitor(name, family.observation_space)
+    settings = dataclasses.replace(settings, n_envs=config.n_envs, n_steps=config.n_steps)
+    parts: dict[str, Component] = {} if objective is None else {"objective": objective}
+    return Method(name, settings, parts, {"objective": "dpo"} if name == "dpo" else {}, first.horizon, True)
+
+
+def _of_optimizers(name: str, learned: Objective | UpdateRule, first: Method, family: TaskFamily) -> Method:
+    """A baseline of a learned optimizer: the same algorithm moved by another rule, hand-made or of another file."""
+    if name == UNTRAINED:
+        return dataclasses.replace(first, name=name, parts=_untrained(learned), sources={}, tuned=True)
+    if name in RULES:
+        number = 0.05 if isinstance(family.observation_space, Discrete) else 1e-3
+        hyper = first.config.hyper.replace(learning_rate=number)
+        config = dataclasses.replace(first.config, optimizer=name, hyper=hyper)
+        return Method(name, config, {}, {}, first.horizon, True)
+    if not name.endswith(artifacts.SUFFIX):
+        raise unknown("baseline", name, [*RULES, UNTRAINED, f"the {artifacts.SUFFIX} file of another optimizer"])
+    other = _learned(Path(name))
+    if not isinstance(other, UpdateRule):
+        raise UserError(f"{name} holds a component of the slot {other.slot!r}: expected an optimizer.")
+    rate = other.rate or first.config.hyper.learning_rate
+    config = dataclasses.replace(first.config, hyper=first.config.hyper.replace(learning_rate=rate))
+    return Method(other.name, config, {"optimizer": other}, {"optimizer": name}, first.horizon, True)
+
+
+def _untrained(learned: Component) -> dict[str, Component]:
+    """The same component with fresh weights, in its slot."""
+    return {learned.slot: components()[learned.name].from_config(vars(learned.config))}
+
+
+def _default_updates(learned: Component) -> int:
     """The longest lifetime of its meta-training."""
     horizon = learned.provenance.get("horizon", 100)
     return int(horizon[1] if isinstance(horizon, list) else horizon)
@@ -136,7 +188,7 @@ def _default_updates(learned: Objective) -> int:
 
 def evaluate(path: Path, args: Evaluate, command: list[str]) -> Path:
     """Run the comparison; returns the report, beside which lie scores, figure and table."""
-    learned = _objective(path)
+    learned = _learned(path)
     name = args.family or learned.provenance.get("family")
     if name is None:
         raise UserError(f"{path} does not say on which family it was trained: name one with --family.")
@@ -194,7 +246,7 @@ class _Session:
         """A method's study: its lives as long as those that are compared, its score what is compared at their end."""
         args, space = self.args, self.family.observation_space
         per_update = method.config.n_envs * method.config.n_steps
-        settings = AgentSettings(method.config, method.horizon * per_update, method.source)
+        settings = AgentSettings(method.config, method.horizon * per_update, **method.sources)
         agents = AgentStudy(
             self.family,
             method.name,
@@ -205,8 +257,11 @@ class _Session:
             episodes=8,
             seed=args.seed,
             device=args.device,
+            optimizer=method.rule,
         )
-        study = agents.study(self.suite, agent_space(settings, method.objective, space, NUMBERS), test=False)
+        study = agents.study(
+            self.suite, agent_space(settings, method.objective, space, NUMBERS, method.rule), test=False
+        )
         config = SearchConfig(trials=args.trials, pruner="none", seed=args.seed)
         return Search(study, f"sqlite:///{self.run.path / STUDIES}", method.name, config)
 
@@ -232,7 +287,7 @@ class _Session:
         args, scorer = self.args, self.scorer
         curves = learning_curves(
             self.family,
-            Algorithm(config, Slots.fill(config, objective=method.objective)),
+            Algorithm(config, Slots.fill(config, **method.parts)),
             method.horizon,
             tasks=args.tasks,
             seeds=args.seeds,

@@ -19,7 +19,7 @@ from experiments.plugs import Plugged, plugs
 from experiments.report import append_scores, conclude
 from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPOConfig, __version__, artifacts
-from learned_rl.component import SLOTS, Objective
+from learned_rl.component import SLOTS, Objective, UpdateRule
 from learned_rl.evaluation import Curves
 from learned_rl.lifetimes import under
 from learned_rl.registry import make_family
@@ -58,7 +58,7 @@ class Train(Plugged):
     device: str = "cpu"
     """torch device"""
     config: PPOConfig = field(default_factory=PPOConfig)
-    """settings of the algorithm; the defaults are what suits the objective"""
+    """settings of the algorithm; the defaults are what suits the objective and the optimizer"""
     outer: SelfTuningConfig = field(default_factory=SelfTuningConfig)
     """how parts are learned online; --estimator NAME chooses another estimator"""
 
@@ -238,6 +238,8 @@ def suited(env: str, words: Sequence[str], estimator: str | None = None) -> Trai
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
         return Train(config=PPOConfig.a2c(), outer=outer)
-    objective = parts.get("objective")
-    suits = PPOConfig.suited(objective if isinstance(objective, Objective) else None, space)
+    objective, rule = parts.get("objective"), parts.get("optimizer")
+    suits = PPOConfig.suited(
+        objective if isinstance(objective, Objective) else None, space, rule if isinstance(rule, UpdateRule) else None
+    )
     return Train(config=suits, outer=outer)

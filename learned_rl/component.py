@@ -298,8 +298,15 @@ class UpdateRule(Component):
     reads_activity: bool = False
     #: whether it reads `StepContext.noise`
     draws: bool = False
-    #: learning rate with which it is what its paper describes
-    suited_rate: ClassVar[float] = 1e-3
+    #: learning rate with which it is what its paper describes; None: whatever suits the agents
+    suited_rate: ClassVar[float | None] = None
+
+    @property
+    def rate(self) -> float | None:
+        """Learning rate with which it was meta-trained, or else the one that suits it."""
+        trained = self.provenance.get("agent") or {}
+        rate = trained.get("hyper", {}).get("learning_rate", self.suited_rate)
+        return None if rate is None else float(rate)
 
     def fit_layout(self, layout: Layout) -> None:
         """Take the size of these rows, if any of its parameters depends on it; once, in place (see `fit`).

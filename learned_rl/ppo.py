@@ -87,12 +87,23 @@ class PPOConfig:
         return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
     @classmethod
-    def suited(cls, objective: Objective | None, observation_space: gymnasium.Space) -> Self:
-        """The settings with which the objective was meta-trained, or else the defaults with what it asks for.
+    def suited(
+        cls, objective: Objective | None, observation_space: gymnasium.Space, optimizer: UpdateRule | None = None
+    ) -> Self:
+        """The settings with which the objective or the optimizer was meta-trained, or else the defaults with what they
+        ask for.
 
-        Meta-training's settings hold for tables only: step sizes of tables and networks are worlds apart.
+        Step sizes of tables and networks are worlds apart: what was trained on the ones says nothing of the others. Of
+        an objective only tables' settings are kept, and an optimizer beside an objective adds its step size.
         """
         tabular = isinstance(observation_space, gymnasium.spaces.Discrete)
+        if optimizer is not None:
+            trained = optimizer.provenance.get("agent")
+            if trained and objective is None and optimizer.provenance.get("tabular", True) == tabular:
+                return cls.from_plain(trained)
+            base = cls.suited(objective, observation_space)
+            rate = optimizer.rate
+            return base if rate is None else dataclasses.replace(base, hyper=base.hyper.replace(learning_rate=rate))
         if objective is None:
             return cls(hyper=Hyper(learning_rate=0.05)) if tabular else cls()
         trained = objective.provenance.get("agent")

@@ -31,7 +31,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters or groups, as for any torch optimizer.
         rule:   an update rule, the registered name of one, or a component file. Its weights stay as they are.
-        lr:     learning rate of the groups that name none; None: the one that the rule was trained with, or suits it.
+        lr:     learning rate of the groups that name none; None: the one with which the rule was trained, or that
+                suits it, or 1e-3.
         rows:   take a parameter's first axis as the lifetime axis, of the same size in all of a group; otherwise there
                 is one lifetime.
         total_steps: steps of the whole training, for rules that ask how much of it is over.
@@ -210,9 +211,8 @@ def _rule(rule: UpdateRule | str | Path) -> UpdateRule:
 
 
 def trained_rate(rule: UpdateRule) -> float:
-    """The learning rate with which a rule was meta-trained, or else the one that suits it."""
-    agent = rule.provenance.get("agent") or {}
-    return float(agent.get("hyper", {}).get("learning_rate", rule.suited_rate))
+    """The learning rate with which a rule was meta-trained, or that suits it, or 1e-3."""
+    return 1e-3 if rule.rate is None else rule.rate
 
 
 def _kept(here: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learned_rl import artifacts
-from learned_rl.component import Component, Objective
+from learned_rl.component import Component, Objective, UpdateRule
 from learned_rl.evaluation import episode_returns
 from learned_rl.lifetimes import Episodes, Lifetimes, under
 from learned_rl.ppo import AgentFactory, Algorithm, PPOConfig, Slots
@@ -32,7 +32,7 @@ class PPO:
 
     Args:
         env:    a gymnasium id, `family/preset`, or a family.
-        config: settings; None takes what suits the objective.
+        config: settings; None takes what suits the objective and the optimizer.
         objective, reward, hyperparameters, auxiliary, optimizer: a component, a registered name, a component file, or
                 what makes a component when called; None is the hand-made default of the slot.
         agent:  makes another architecture than the configured one, such as `ModuleAgent` around any `nn.Module`.
@@ -69,9 +69,10 @@ class PPO:
             "auxiliary": _component(auxiliary),
             "optimizer": _component(optimizer),
         }
-        learned = plugged["objective"]
+        learned, rule = plugged["objective"], plugged["optimizer"]
         suited = learned if isinstance(learned, Objective) else None
-        self.config = config or PPOConfig.suited(suited, self.family.observation_space)
+        moving = rule if isinstance(rule, UpdateRule) else None
+        self.config = config or PPOConfig.suited(suited, self.family.observation_space, moving)
         slots = Slots.fill(self.config, **plugged)
         self.algorithm = Algorithm(self.config, slots, agent)
         self.lifetimes = Lifetimes(self.family, self.algorithm, seeds, 1, seed, tasks=tasks, device=device)

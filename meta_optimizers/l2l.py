@@ -35,7 +35,7 @@ class L2L(Coordinatewise):
 
     name: ClassVar[str] = "l2l"
     Config: ClassVar[Any] = L2LConfig
-    suited_rate: ClassVar[float] = 0.1
+    suited_rate = 0.1
     config: L2LConfig
 
     def __init__(self, config: L2LConfig | None = None) -> None:

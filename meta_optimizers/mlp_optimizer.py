@@ -45,6 +45,7 @@ class MLPOptimizer(Coordinatewise):
 
     name: ClassVar[str] = "mlp_optimizer"
     Config: ClassVar[Any] = MLPOptimizerConfig
+    suited_rate = 1e-3
     config: MLPOptimizerConfig
 
     def __init__(self, config: MLPOptimizerConfig | None = None) -> None:

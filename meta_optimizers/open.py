@@ -64,6 +64,7 @@ class OPEN(Coordinatewise):
 
     name: ClassVar[str] = "open"
     Config: ClassVar[Any] = OPENConfig
+    suited_rate = 1e-3
     config: OPENConfig
 
     def __init__(self, config: OPENConfig | None = None) -> None:

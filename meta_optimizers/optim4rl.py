@@ -49,6 +49,7 @@ class Optim4RL(Coordinatewise):
 
     name: ClassVar[str] = "optim4rl"
     Config: ClassVar[Any] = Optim4RLConfig
+    suited_rate = 1e-3
     config: Optim4RLConfig
 
     def __init__(self, config: Optim4RLConfig | None = None) -> None:

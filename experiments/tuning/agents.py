@@ -21,7 +21,7 @@ from gymnasium.spaces import Space as GymSpace
 from experiments.scores import Scorer
 from experiments.tuning.study import Direction, Pruned, Study, Tested, Trial
 from learned_rl import artifacts
-from learned_rl.component import Component, Objective
+from learned_rl.component import Component, Objective, UpdateRule
 from learned_rl.defaults import PPOClip
 from learned_rl.evaluation import Array, Checkpoint, Curves, iqm, learning_curves
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
@@ -53,6 +53,8 @@ class AgentSettings:
     """environment steps of one lifetime"""
     objective: str | None = None
     """component file or registered name, as the algorithm has it; None: PPO's own"""
+    optimizer: str | None = None
+    """component file or registered name, as the algorithm has it; None: the config's rule"""
 
     def __post_init__(self) -> None:
         at_least(1, steps=self.steps)
@@ -107,10 +109,12 @@ def agent_space(
     objective: Objective | None,
     observation_space: GymSpace,
     names: Sequence[str] | None = None,
+    optimizer: UpdateRule | None = None,
 ) -> dict[str, Space]:
     """Dotted path -> space of the settings to search.
 
-    The step sizes of tables are worlds apart from those of networks, and their spaces from the ones beside the fields.
+    The step sizes of tables are worlds apart from those of networks, and their spaces from the ones beside the fields;
+    a learned optimizer's is searched around the one with which it was trained.
 
     Args:
         names: last parts of the paths; None: what the algorithm reads (see `SHARED`, `CRITIC`, `SURROGATE`).
@@ -120,6 +124,8 @@ def agent_space(
     if isinstance(observation_space, Discrete):
         rates = LogUniform(5.0, 1000.0) if config.optimizer == "sgd" else LogUniform(1e-3, 1.0)
         known["config.hyper.learning_rate"] = rates
+    if optimizer is not None and (rate := optimizer.rate) is not None:
+        known["config.hyper.learning_rate"] = LogUniform(rate / 30, rate * 30)
     read = {*SHARED, *CRITIC, *(SURROGATE if config.n_epochs > 1 else ()), "prediction_coef"}
     read -= unread(config, objective, observation_space)
     if names is not None:
@@ -176,6 +182,7 @@ class AgentStudy:
         episodes:    fresh episodes of each agent at each.
         test_tasks, test_seeds: as above, for the winner.
         seed:        from which tasks and agents derive.
+        optimizer:   learned rule by which agents move; None: the settings' own.
     """
 
     family: TaskFamily
@@ -190,6 +197,7 @@ class AgentStudy:
     test_seeds: int = 4
     seed: int = 0
     device: str = "cpu"
+    optimizer: UpdateRule | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         names = ("tasks", "seeds", "checkpoints", "episodes", "test_tasks", "test_seeds")
@@ -202,9 +210,9 @@ class AgentStudy:
         family = make_family(env)
         config, objective = competitor(algorithm, family.observation_space)
         named = algorithm if objective is not None else None
-        settings = AgentSettings(config, objective=named, **({} if steps is None else {"steps": steps}))
+        settings = AgentSettings(config, AgentSettings.steps if steps is None else steps, named)
         shape = {"tasks": 1, "seeds": 8, "test_tasks": 1, "test_seeds": 32} if isinstance(family, GymFamily) else {}
-        return cls(family, algorithm, objective, settings, device=device, **shape | numbers)
+        return cls(family, algorithm, objective, settings, device=device, **shape | numbers)  # type: ignore[arg-type]
 
     def study(
         self,
@@ -215,12 +223,14 @@ class AgentStudy:
     ) -> Study:
         """The search problem; `space` None: what the algorithm reads."""
         metrics = metrics or {"score": "maximize"}
-        chosen = dict(space or agent_space(self.settings, self.objective, self.family.observation_space))
+        observations = self.family.observation_space
+        chosen = dict(space or agent_space(self.settings, self.objective, observations, optimizer=self.optimizer))
         if "environment_steps" in metrics:
             chosen["steps"] = Integers(max(1, self.settings.steps // 16), self.settings.steps, log=True)
         about: dict[str, Any] = {k: getattr(self, k) for k in ("tasks", "seeds", "checkpoints", "episodes", "seed")}
-        if self.objective is not None:
-            about["weights"] = _digest(self.objective)
+        for name, part in {"weights": self.objective, "optimizer_weights": self.optimizer}.items():
+            if part is not None:
+                about[name] = _digest(part)
         return Study(
             f"{self.algorithm} on {suite}",
             self.settings,
@@ -287,7 +297,8 @@ class AgentStudy:
         **plugged: Component,
     ) -> Curves:
         """Fresh agents with these settings, from birth to the end of life."""
-        algorithm = Algorithm(settings.config, Slots.fill(settings.config, objective=self.objective, **plugged))
+        parts = {"objective": self.objective, "optimizer": self.optimizer} | plugged
+        algorithm = Algorithm(settings.config, Slots.fill(settings.config, **parts))
         return learning_curves(
             self.family,
             algorithm,

@@ -25,6 +25,7 @@ from experiments.benchmarks import (
     learning,
     lpg,
     memory,
+    optimizers,
     ppo,
     scaling,
     self_tuning,
@@ -66,6 +67,7 @@ GROUPS: dict[str, Group] = {
     "tuning": Group(tuning.measure, "workers that share a study"),
     "estimators": Group(estimators.measure, "long windows: the rematerialised meta-gradient beside the plain unroll"),
     "self-tuning": Group(self_tuning.measure, "numbers learned online beside the same algorithm without"),
+    "optimizers": Group(optimizers.measure, "a step of learned optimizers beside torch's Adam"),
     "scaling": Group(scaling.measure, "meta-training by two processes over that by one"),
     "gpu": Group(gpu.measure, "lpg and grid on a CUDA device"),
     "learning": Group(

@@ -152,7 +152,8 @@ def _show(words: list[str], command: list[str]) -> None:
 
     args = parse(Show, "show", words)
     picture = show(args.file, args.out)
-    print(f"picture: {picture}" if picture else f"There is no picture of {args.file}: pictures are of objectives.")
+    drawn = "pictures are of objectives, optimizers and tables of rewards"
+    print(f"picture: {picture}" if picture else f"There is no picture of {args.file}: {drawn}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,12 @@ from rich.table import Table
 from experiments.figures import COLOURS, save_figure
 from experiments.recipes import online_recipes, recipes
 from learned_rl import artifacts
-from learned_rl.component import Component, Context, Hyper
+from learned_rl.component import Component, Context, Hyper, UpdateRule
 from learned_rl.defaults import PPOClip
 from learned_rl.registry import components, families
 from learned_rl.trajectory import Trajectory
+from learned_rl.update_rules import SGD, Adam
+from meta_optimizers.meta_sgd import MetaSGD
 from objectives.dpo import DPO
 from objectives.lirpg import LIRPG
 from objectives.lpg import LPG
@@ -44,6 +46,12 @@ def show(file: str, out: Path | None) -> Path | None:
         figure = _surrogate_figure(component)
     elif isinstance(component, LIRPG) and hasattr(component, "table"):
         figure = _table_figure(component)
+    elif isinstance(component, MetaSGD):
+        if not hasattr(component, "log_rate"):
+            return None  # it takes the size of its agents first
+        figure = _rates_figure(component)
+    elif isinstance(component, UpdateRule):
+        figure = _optimizer_figure(component)
     else:
         return None
     return save_figure(figure, out or Path(f"{file}.png" if file in components() else file).with_suffix(".png"))
@@ -144,6 +152,61 @@ def _table_figure(reward: LIRPG) -> Figure:
     image = ax.imshow(paid, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
     figure.colorbar(image, label="reward per step")
     ax.set(xlabel="state", ylabel="action", title="Learned reward", yticks=range(len(paid)))
+    return figure
+
+
+# --- optimizers: the step as a function of gradients -----------------------------------------------------------------
+
+STEADY = 20  # steps along one gradient after which a rule's memory has settled
+
+
+@torch.no_grad()
+def _optimizer_figure(rule: UpdateRule) -> Figure:
+    """Steps for a learning rate of 1, of parameters that see the same gradients, beside Adam and SGD."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    size, memory, turn = figure.subplots(1, 3)
+    sizes = torch.logspace(-5, 1, 61)
+    courses = {
+        "after a switch of sign": torch.cat([torch.full((STEADY,), 0.1), torch.full((STEADY,), -0.1)]),
+        "noise around 0.03": 0.03 + 0.1 * torch.randn(2 * STEADY, generator=torch.Generator().manual_seed(0)),
+    }
+    for i, each in enumerate((Adam(), SGD(), rule)):
+        style = {"color": COLOURS[i], "label": each.name}
+        first, last = _steps(each, sizes.repeat(STEADY, 1))[[0, -1]]
+        size.loglog(sizes, first.abs().clamp(min=1e-12), **style, linestyle=":")
+        size.loglog(sizes, last.abs().clamp(min=1e-12), **(style | {"label": f"{each.name}, step {STEADY}"}))
+        for ax, gradients in zip((memory, turn), courses.values(), strict=True):
+            steps = _steps(each, gradients[:, None])[:, 0]
+            ax.plot(steps / steps.abs().max().clamp(min=1e-12), **style)
+    _label(size, "gradient", "step for a learning rate of 1", "Size of a step: the first, and a later one")
+    for ax, (name, gradients) in zip((memory, turn), courses.items(), strict=True):
+        ax.plot(-gradients / gradients.abs().max(), color="0.7", linewidth=0.8, label="minus the gradient")
+        _label(ax, "step", "step over its largest", name.capitalize())
+    return figure
+
+
+def _steps(rule: UpdateRule, gradients: torch.Tensor) -> torch.Tensor:
+    """[K, D] steps for a learning rate of 1 along gradients [K, D], each parameter in a lifetime of its own, beside one
+    with the opposite gradient, since some rules take the mean of all steps away."""
+    theta = torch.zeros(gradients.shape[1], 2)
+    state, taken = rule.initial_state(theta), []
+    for gradient in gradients:
+        step, state = rule.update(torch.stack([gradient, -gradient], 1).to(theta), state, theta, 1.0)
+        taken.append(step[:, 0])
+    return torch.stack(taken)
+
+
+@torch.no_grad()
+def _rates_figure(rule: MetaSGD) -> Figure:
+    """The factors of the learning rate, in the order of a row of parameters."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    ax = figure.subplots()
+    ax.plot(rule.log_rate.exp().numpy(), ".", markersize=3, color=COLOURS[0], label=f"for each {rule.config.per}")
+    if rule.config.per == "parameter":
+        for end in np.cumsum(rule.config.sizes or ())[:-1]:
+            ax.axvline(end, color="0.85", linewidth=0.8, zorder=0)
+    ax.set_yscale("log")
+    _label(ax, rule.config.per, "factor of the learning rate", "Learned step sizes")
     return figure
 
 

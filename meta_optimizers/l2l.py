@@ -21,7 +21,7 @@ from torch import Tensor
 
 from learned_rl.layout import StepContext
 from learned_rl.types import Tree
-from meta_optimizers.coordinatewise import LSTM, Coordinatewise, CoordinatewiseConfig, Dense, log_and_sign
+from meta_optimizers.coordinatewise import LSTM, Coordinatewise, CoordinatewiseConfig, Dense, blockwise, log_and_sign
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ class L2L(Coordinatewise):
         return {"h": zeros, "c": zeros.clone()}
 
     def learned(self, grad: Tensor, state: Tree, theta: Tensor, context: StepContext) -> tuple[Tensor, Tree]:
-        (h1, h2), (c1, c2) = (state[k].split(self.config.hidden, 1) for k in ("h", "c"))
-        h1, c1 = self.first(log_and_sign(grad), h1, c1)
+        said, h, c = blockwise(self._network, log_and_sign(grad), state["h"], state["c"])
+        return said.squeeze(1), {"h": h, "c": c}
+
+    def _network(self, seen: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """Output [P, 1, D] and new states, from features [P, 2, D] and states [P, 2 hidden, D]."""
+        (h1, h2), (c1, c2) = (x.split(self.config.hidden, 1) for x in (h, c))
+        h1, c1 = self.first(seen, h1, c1)
         h2, c2 = self.second(h1, h2, c2)
-        return self.out(h2).squeeze(1), {"h": torch.cat([h1, h2], 1), "c": torch.cat([c1, c2], 1)}
+        return self.out(h2), torch.cat([h1, h2], 1), torch.cat([c1, c2], 1)

@@ -27,6 +27,7 @@ from meta_optimizers.coordinatewise import (
     Coordinatewise,
     CoordinatewiseConfig,
     Dense,
+    blockwise,
     momenta,
     normalised,
 )
@@ -63,5 +64,6 @@ class MLPOptimizer(Coordinatewise):
         seen = normalised(torch.cat([grad.unsqueeze(1), theta.unsqueeze(1), moving], 1), context.layout)
         age = torch.tanh(state["count"] / theta.new_tensor(SCALES) - 1)  # [P, scales]
         x = torch.cat([seen, age.unsqueeze(-1).expand(-1, -1, theta.shape[1])], 1)
-        direction, magnitude = self.out(self.second(self.first(x).relu()).relu()).unbind(1)
+        (said,) = blockwise(lambda x: (self.out(self.second(self.first(x).relu()).relu()),), x)
+        direction, magnitude = said.unbind(1)
         return direction * (1e-3 * magnitude).exp(), {"momenta": moving, "count": state["count"] + 1}

@@ -38,6 +38,7 @@ from meta_optimizers.coordinatewise import (
     CoordinatewiseConfig,
     Dense,
     FeatureNorm,
+    blockwise,
     momenta,
     normalised,
 )
@@ -85,13 +86,19 @@ class OPEN(Coordinatewise):
 
     def learned(self, grad: Tensor, state: Tree, theta: Tensor, context: StepContext) -> tuple[Tensor, Tree]:
         after = {"momenta": momenta(grad, state["momenta"])}
-        after["h"] = self.gru(self._features(grad, theta, after["momenta"], context), state["h"])
-        direction, magnitude, *loudness = self.head(after["h"]).unbind(1)
+        features = self._features(grad, theta, after["momenta"], context)
+        said, after["h"] = blockwise(self._network, features, state["h"])
+        direction, magnitude, *loudness = said.unbind(1)
         said = direction * (1e-3 * magnitude).exp()
         for scale in loudness:
             if context.noise is not None:
                 said = said + scale * self._policy_only(context.noise, context)
         return said - said.mean(1, keepdim=True), after
+
+    def _network(self, features: Tensor, h: Tensor) -> tuple[Tensor, ...]:
+        """Outputs [P, 3, D] and new states [P, hidden, D], from features [P, 19, D] and states."""
+        h = self.gru(features, h)
+        return self.head(h), h
 
     def _features(self, grad: Tensor, theta: Tensor, moving: Tensor, context: StepContext) -> Tensor:
         """[P, 19, D]."""

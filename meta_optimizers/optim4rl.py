@@ -31,7 +31,7 @@ from torch import Tensor
 from learned_rl.component import Scalar
 from learned_rl.layout import StepContext
 from learned_rl.types import Tree
-from meta_optimizers.coordinatewise import GRU, Coordinatewise, CoordinatewiseConfig, Dense
+from meta_optimizers.coordinatewise import GRU, Coordinatewise, CoordinatewiseConfig, Dense, blockwise
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,17 @@ class Optim4RL(Coordinatewise):
 
     def logs(self, grad: Tensor, state: Tree) -> tuple[Tensor, Tensor, Tree]:
         """o_1, o_2 [P, D], and the GRUs' new state."""
+        log_m, log_v, m, v = blockwise(self._network, grad.unsqueeze(1), state["m"], state["v"])
+        return log_m.squeeze(1), log_v.squeeze(1), {"m": m, "v": v}
+
+    def _network(self, grad: Tensor, m: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """o_1, o_2 [P, 1, D] and new states, from gradients [P, 1, D] and states [P, hidden, D]."""
         if self.config.conditioned:
-            first = second = torch.stack([grad.sign(), (grad.abs() + 1e-13).log()], 1)
+            first = second = torch.cat([grad.sign(), (grad.abs() + 1e-13).log()], 1)
         else:
-            first, second = grad.unsqueeze(1), grad.square().unsqueeze(1)
-        after = {"m": self.m(first, state["m"]), "v": self.v(second, state["v"])}
-        return self.log_m(after["m"]).squeeze(1), self.log_v(after["v"]).squeeze(1), after
+            first, second = grad, grad.square()
+        m, v = self.m(first, m), self.v(second, v)
+        return self.log_m(m), self.log_v(v), m, v
 
     def learned(self, grad: Tensor, state: Tree, theta: Tensor, context: StepContext) -> tuple[Tensor, Tree]:
         log_m, log_v, after = self.logs(grad, state)

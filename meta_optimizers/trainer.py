@@ -48,6 +48,9 @@ class MetaTrainConfig(OuterConfig):
     """the outer critic"""
     bandit: AgentBanditConfig = field(default_factory=AgentBanditConfig)
     """which agent step sizes and prediction weights the lifetimes try"""
+    stagger: bool = True
+    """let lifetimes begin at ages that spread over the horizon, so that every window sees all phases of learning
+    (pipeline training); off: all of them begin and end together"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +62,9 @@ class MetaTrainConfig(OuterConfig):
 class MetaTrainer(OuterLoop):
     """Meta-trains a component, of any slot, on a task family.
 
-    Unless the estimator wants whole lifetimes, they begin at staggered ages, so that every window sees all phases of
-    learning; a lifetime that ends, or whose numbers are no longer finite, restarts alone with a fresh task and agent.
+    Unless the estimator wants whole lifetimes, or `stagger` is off, they begin at staggered ages, so that every window
+    sees all phases of learning; a lifetime that ends, or whose numbers are no longer finite, restarts alone with a
+    fresh task and agent.
 
     Args:
         family:    where tasks come from (its training side).
@@ -96,7 +100,7 @@ class MetaTrainer(OuterLoop):
         algorithm = Algorithm(c.agent, Slots.fill(c.agent, **{component.slot: component}))
         lives = Lifetimes(family, algorithm, len(own), c.horizon, seed, streams=streams, device=device, dtype=dtype)
         component.to(device=device, dtype=dtype)
-        if estimator.staggered:
+        if estimator.staggered and c.stagger:
             lives.stagger(estimator.updates)
         problem = Learning(
             lives,

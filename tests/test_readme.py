@@ -29,7 +29,7 @@ from experiments.tuning.outer import OuterStudy, outer_settings, outer_space
 from experiments.tuning.pbt import PBTConfig
 from learned_rl import PPO, PPOConfig, artifacts, make_family
 from learned_rl import spaces as spaces_module
-from learned_rl.component import Hyper
+from learned_rl.component import Hyper, Objective
 from learned_rl.defaults import PPOClipConfig
 from learned_rl.registry import components, families
 from learned_rl.spaces import get, spaces
@@ -482,7 +482,9 @@ def is_read(recipe, field):
     if field.startswith("recipe.train.loss."):
         return not make_estimator(recipe.train.estimator).stacked
     observations = make_family(recipe.family).observation_space
-    return field.rpartition(".")[2] not in unread(recipe.train.agent, recipe.make_component(), observations)
+    component = recipe.make_component()
+    objective = component if isinstance(component, Objective) else None
+    return field.rpartition(".")[2] not in unread(recipe.train.agent, objective, observations)
 
 
 @pytest.mark.parametrize("recipe", recipes())

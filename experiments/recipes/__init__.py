@@ -1,7 +1,7 @@
 """Recipes: what to learn, on what, with which settings.
 
-A Python file of this folder defines `RECIPE`, which `learned-rl meta-train` runs, or `ONLINE`: lifetimes that
-`learned-rl train` runs, one for each method that is compared.
+A Python file of this folder defines `RECIPES`, which `learned-rl meta-train` runs, or `ONLINE`: lifetimes that
+`learned-rl train` runs; one for each method that is compared.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _modules() -> list[ModuleType]:
 @cache
 def recipes() -> dict[str, Recipe]:
     """Every recipe of this folder for meta-training, by name."""
-    return {m.RECIPE.name: m.RECIPE for m in _modules() if hasattr(m, "RECIPE")}
+    return {each.name: each for m in _modules() for each in getattr(m, "RECIPES", ())}
 
 
 @cache

@@ -24,7 +24,7 @@ from experiments.options import parse
 from experiments.recipes import get_recipe, recipes
 from experiments.runs import CHECKPOINT, CONFIG, METRICS, SCORES, read_metrics
 from experiments.train import Train
-from learned_rl import artifacts
+from learned_rl import PPO, artifacts
 from learned_rl.lifetimes import Lifetimes
 from learned_rl.registry import components, families
 from learned_rl.types import UserError
@@ -251,7 +251,7 @@ def test_list_lists_everything(say):
         assert name in out, name
 
 
-@pytest.mark.parametrize("name", ["lpg", "dpo", "ppo_clip"])
+@pytest.mark.parametrize("name", ["lpg", "dpo", "ppo_clip", "adam", "open"])
 def test_show_draws_a_registered_component(say, tmp_path, name):
     code, out, _ = say("show", name)
     assert code == 0 and name in out and f"picture: {name}.png" in out
@@ -259,8 +259,15 @@ def test_show_draws_a_registered_component(say, tmp_path, name):
 
 
 def test_show_describes_what_it_cannot_draw(say, tmp_path):
-    code, out, _ = say("show", "adam")
-    assert code == 0 and "beta1" in out and "no picture of adam" in out and not [*tmp_path.iterdir()]
+    for name, said in {"stac": "numbers", "meta_sgd": "per"}.items():  # the latter takes the size of its agents first
+        code, out, _ = say("show", name)
+        assert code == 0 and said in out and f"no picture of {name}" in out and not [*tmp_path.iterdir()]
+
+
+def test_show_draws_the_step_sizes_of_an_optimizer_that_has_met_its_agents(say, tmp_path):
+    rule = PPO("bandit/bernoulli-5", optimizer="meta_sgd").algorithm.slots.optimizer
+    artifacts.save(rule, tmp_path / "rates.safetensors")
+    assert say("show", "rates.safetensors")[0] == 0 and is_picture(tmp_path / "rates.png")
 
 
 def test_show_draws_a_file_beside_it(say, file, tmp_path):

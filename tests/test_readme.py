@@ -41,7 +41,13 @@ from meta_optimizers.estimators import ESTIMATORS, estimator_config, make_estima
 from meta_optimizers.evolution import EvolutionConfig
 from meta_optimizers.first_order import FirstOrderConfig
 from meta_optimizers.forward_mode import ForwardConfig
+from meta_optimizers.l2l import L2LConfig
+from meta_optimizers.learned_adam import LearnedAdamConfig
 from meta_optimizers.learning import OuterLossConfig
+from meta_optimizers.meta_sgd import MetaSGDConfig
+from meta_optimizers.mlp_optimizer import MLPOptimizerConfig
+from meta_optimizers.open import OPENConfig
+from meta_optimizers.optim4rl import Optim4RLConfig
 from meta_optimizers.outer_critic import OuterCriticConfig
 from meta_optimizers.persistent import NoiseReuseConfig, PersistentConfig
 from meta_optimizers.rematerialised import RematerialisedConfig
@@ -203,7 +209,8 @@ def test_one_lifetime_runs_as_printed(tmp_path, monkeypatch):
     assert all(torch.equal(v, saved[k]) for k, v in slot.state_dict().items())
 
 
-EXAMPLES = [name for name in NAMES if re.match(r"docs/(objectives|families)/", name) and blocks(read(name), "python")]
+METHODS = re.compile("docs/(objectives|families|optimizers)/")
+EXAMPLES = [name for name in NAMES if METHODS.match(name) and blocks(read(name), "python")]
 
 
 @pytest.mark.slow
@@ -349,6 +356,12 @@ SETTINGS = {
     "docs/objectives/lirpg.md": [LIRPGConfig],
     "docs/objectives/stacx.md": [STACXConfig],
     "docs/self_tuning.md": [SelfTuningConfig],
+    "docs/optimizers/meta_sgd.md": [MetaSGDConfig],
+    "docs/optimizers/learned_adam.md": [LearnedAdamConfig],
+    "docs/optimizers/l2l.md": [L2LConfig],
+    "docs/optimizers/optim4rl.md": [Optim4RLConfig],
+    "docs/optimizers/open.md": [OPENConfig],
+    "docs/optimizers/mlp_optimizer.md": [MLPOptimizerConfig],
     "docs/meta_optimizers/truncated.md": [TruncatedConfig],
     "docs/meta_optimizers/corrections.md": [CorrectionConfig],
     "docs/meta_optimizers/rematerialised.md": [RematerialisedConfig],

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 import experiments.evaluate as module
 from experiments.cli import speaking
@@ -20,14 +22,15 @@ from experiments.report import read_scores
 from experiments.runs import CONFIG, METRICS, SCORES, plain, read_json, read_metrics
 from experiments.show import show
 from experiments.train import FIGURE as CURVE
-from experiments.train import Train, train
+from experiments.train import Train, suited, train
 from experiments.tuning.agents import AgentStudy
 from experiments.tuning.storage import open_storage
 from experiments.tuning.study import FINISHED
-from learned_rl import PPOConfig, artifacts
+from learned_rl import PPO, PPOConfig, artifacts
 from learned_rl.agents import AgentConfig
 from learned_rl.component import Hyper
 from learned_rl.evaluation import iqm
+from learned_rl.registry import make_component
 from learned_rl.tasks.chains import ChainFamily
 from learned_rl.types import UserError
 from meta_optimizers.trainer import MetaTrainConfig
@@ -202,8 +205,8 @@ def test_meta_training_shows_a_first_picture_and_can_be_extended(tmp_path, monke
 
 def test_what_has_no_picture_is_still_described(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert show("adam", None) is None
-    assert "adam (optimizer)" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert show("stac", None) is None
+    assert "stac (hyperparameters)" in capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
 def test_a_file_is_described_by_what_it_was_trained_on(file, tmp_path, capsys):
@@ -258,3 +261,87 @@ def test_without_trials_nothing_is_tuned(tmp_path, file):
     out = tmp_path / "baselines"
     evaluate(file, dataclasses.replace(SMALL, baselines="a2c", tune_learned=False, out=out), ["evaluate"])
     assert set(tuned(out)) == set(studies(out)) == {"a2c"}
+
+
+# --- learned optimizers -------------------------------------------------------------------------------------------
+
+
+def optimizer_file(path: Path, name: str, rate: float) -> Path:
+    """Of a rule that was trained on tables with other numbers than the defaults."""
+    trained = dataclasses.replace(AGENT, hyper=AGENT.hyper.replace(learning_rate=rate, gamma=0.9))
+    torch.manual_seed(7)
+    artifacts.save(make_component(name), path, {"family": "chain/short", "agent": plain(trained), "tabular": True})
+    return path
+
+
+def test_a_learned_optimizer_is_compared_with_others_that_move_the_same_agents(tmp_path, monkeypatch):
+    learned = optimizer_file(tmp_path / "o.safetensors", "optim4rl", 0.02)
+    other = optimizer_file(tmp_path / "other.safetensors", "l2l", 0.3)
+    compared = {}
+    original = module.learning_curves
+
+    def noted(family, algorithm, horizon, **options):
+        rule = algorithm.slots.optimizer
+        name = rule.name if rule.name not in compared else "untrained"
+        compared[name] = (algorithm.config, horizon, rule)
+        return original(family, algorithm, horizon, **options)
+
+    monkeypatch.setattr(module, "learning_curves", noted)
+    out = tmp_path / "run"
+    args = dataclasses.replace(SMALL, baselines=f"adam,rmsprop,untrained,{other}", out=out)
+    evaluate(learned, args, ["evaluate"])
+    assert list(compared) == ["optim4rl", "adam", "rmsprop", "untrained", "l2l"]
+    agents = [
+        dataclasses.replace(c, optimizer="sgd", hyper=dataclasses.replace(AGENT.hyper, gamma=c.hyper.gamma))
+        for c, _, _ in compared.values()
+    ]
+    assert all(agent == agents[0] for agent in agents) and agents[0].hyper.gamma == 0.9
+    assert {horizon for _, horizon, _ in compared.values()} == {4}
+    assert compared["adam"][0].optimizer == "adam" and compared["rmsprop"][0].optimizer == "rmsprop"
+    weights = [compared[name][2].m.recurrent for name in ("optim4rl", "untrained")]
+    assert (weights[0] != weights[1]).any()
+    for name, source in {"optim4rl": learned, "l2l": other, "adam": None}.items():
+        found = read_config(out / TUNED / f"{name}.toml", Train())
+        assert found.optimizer == (None if source is None else str(source))
+        assert found.config == compared[name][0]
+    train("chain/short", dataclasses.replace(found, checkpoints=1, episodes=1, out=tmp_path / "trained"), ["train"])
+
+
+def test_what_a_learned_optimizer_was_trained_with_is_the_default(tmp_path):
+    file = optimizer_file(tmp_path / "o.safetensors", "optim4rl", 0.02)
+    assert suited("chain/short", ["--optimizer", str(file)]).config.hyper.gamma == 0.9
+    for env, rate in {"chain/short": 0.02, "CartPole-v1": 0.02}.items():
+        assert suited(env, ["--optimizer", str(file)]).config.hyper.learning_rate == rate
+        assert PPO(env, optimizer=file).config.hyper.learning_rate == rate
+    assert suited("CartPole-v1", ["--optimizer", "l2l"]).config.hyper.learning_rate == 0.1
+    assert suited("CartPole-v1", ["--optimizer", "adam"]).config == PPOConfig()
+    beside = PPO("chain/short", objective=LPG(predictions=3, width=4), optimizer=file).config
+    assert beside == dataclasses.replace(
+        PPOConfig.suited(LPG(), ChainFamily("short").observation_space),
+        hyper=beside.hyper,
+    )
+    assert beside.hyper.learning_rate == 0.02 and beside.hyper.gamma != 0.9
+
+
+@pytest.mark.parametrize(
+    ("baselines", "said"),
+    [
+        ("a2c", "unknown baseline 'a2c': the nearest of adam, momentum, rmsprop"),
+        ("missing.safetensors", "There is no component file 'missing.safetensors'"),
+        ("{objective}", "holds a component of the slot 'objective': expected an optimizer"),
+        ("{again}", "Two methods are called 'optim4rl': expected each once"),
+    ],
+)
+def test_wrong_rivals_of_an_optimizer(tmp_path, file, baselines, said):
+    learned = optimizer_file(tmp_path / "o.safetensors", "optim4rl", 0.02)
+    args = dataclasses.replace(SMALL, baselines=baselines.format(objective=file, again=learned), out=tmp_path / "run")
+    with pytest.raises(UserError, match=re.escape(said)):
+        evaluate(learned, args, ["evaluate"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_neither_an_objective_nor_an_optimizer(tmp_path):
+    path = tmp_path / "stac.safetensors"
+    artifacts.save(make_component("stac"), path)
+    with pytest.raises(UserError, match="slot 'hyperparameters': expected an objective or an optimizer"):
+        evaluate(path, SMALL, ["evaluate"])

@@ -274,7 +274,7 @@ def test_spaces_that_do_not_fit_are_refused(config, observations, actions, messa
 
 
 def test_the_fast_tanh_of_large_batches_is_tanh():
-    from learned_rl.agents import LARGE, tanh
+    from learned_rl.activations import LARGE, tanh
 
     x = torch.linspace(-9, 9, LARGE, requires_grad=True)
     (fast,) = torch.autograd.grad(tanh(x).sum(), x, create_graph=True)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from experiments.oracles import noisy_quadratic
 from experiments.oracles.noisy_quadratic import NoisyQuadratic
 from experiments.oracles.quadratic import Quadratic
-from learned_rl.agents import _FastTanh
+from learned_rl.activations import _FastTanh
 from learned_rl.component import Hyperparameters, NoConfig, lifetime_mean, shield
 from learned_rl.ppo import PPOConfig
 from learned_rl.tasks.chains import ChainFamily

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench
-from experiments.benchmarks import gpu, grid, learning, lpg, memory, ppo, scaling, threads
+from experiments.benchmarks import gpu, grid, learning, lpg, memory, optimizers, ppo, scaling, threads
 from experiments.benchmarks.cleanrl_style import CleanRLStyle
 from experiments.benchmarks.contenders import NO_SB3, SB3, PPOSettings, has_sb3, ours, sb3
 from experiments.benchmarks.measure import Result, Rounds, fresh
@@ -292,3 +292,17 @@ def test_run_refuses_a_file_of_something_else(tmp_path):
 
 def test_numbers_for_reading():
     assert [bench.number(x) for x in (None, 1234567.8, 0.012345, 2.0)] == ["", "1,234,568", "0.0123", "2"]
+
+
+def test_steps_of_learned_optimizers_are_compared_with_adam():
+    """Every case has Adam's time and each rule's; the tensors are those of the settings."""
+    small = optimizers.Settings(
+        agents=2, observations=3, actions=2, width=4, large=(3, 5, 2), batch=2, rules=("meta_sgd", "open"), steps=1,
+        rounds=3,
+    )  # fmt: skip
+    rows = optimizers.measure(small)
+    assert [r.name.partition(":")[0] for r in rows] == [optimizers.ADAM, "meta_sgd", "open"] * 4
+    assert all(r.value > 0 and (r.peer == optimizers.ADAM) == (r.ratio is not None) for r in rows)
+    policy, value = 3 * 4 + 4 + 4 * 4 + 4 + 4 * 2 + 2, 3 * 4 + 4 + 4 * 4 + 4 + 4 + 1
+    assert f"2 agents of {policy + value} parameters" in rows[0].name
+    assert f"{3 * 5 + 5 + 5 * 2 + 2} parameters" in rows[3].name

@@ -1,8 +1,8 @@
 """What a step of a learned optimizer costs, beside `torch.optim.Adam(foreach=True)` on the same tensors.
 
 Two kinds of parameters: a population of perceptrons of 2 x 64 units, whose tensors have the agents as their first axis,
-and one network of about a million parameters. The step alone is measured, from gradients that are there; and for the
-network a whole training step, forward, backward and optimizer.
+and one network of about a million parameters. The step alone is measured, from gradients that are there; and a whole
+training step, forward, backward and optimizer, on a minibatch as PPO has it.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Settings:
     """of their two hidden layers"""
     large: tuple[int, ...] = (64, 700, 700, 640, 8)
     """widths of the network's layers"""
-    batch: int = 64
-    """rows of a training step"""
+    batch: int = 256
+    """rows of a training step, for each agent"""
     rules: tuple[str, ...] = ("learned_adam", "meta_sgd", "l2l", "optim4rl", "open", "mlp_optimizer")
     """learned optimizers"""
     steps: int = 20
@@ -89,21 +89,43 @@ def _steps(s: Settings, name: str, params: list[nn.Parameter], rows: bool) -> Ca
     return lambda: seconds(run)
 
 
-def _training(s: Settings, name: str) -> Callable[[], float]:
-    """Seconds of some training steps of the network."""
-    torch.manual_seed(0)
-    module = _network(s)
-    optimizer = _optimizer(name, list(module.parameters()), rows=False)
-    x = torch.randn(s.batch, s.large[0])
+def _training(
+    s: Settings, name: str, params: list[nn.Parameter], loss: Callable[[], torch.Tensor], rows: bool
+) -> Callable[[], float]:
+    """Seconds of some training steps."""
+    optimizer = _optimizer(name, params, rows)
 
     def run() -> None:
         for _ in range(s.steps):
             optimizer.zero_grad()
-            module(x).square().mean().backward()
+            loss().backward()
             optimizer.step()
 
     run()
     return lambda: seconds(run)
+
+
+def _training_population(s: Settings, name: str) -> Callable[[], float]:
+    torch.manual_seed(0)
+    params, x = _population(s), torch.randn(s.agents, s.batch, s.observations)
+
+    def loss() -> torch.Tensor:
+        total = x.new_zeros(())
+        for tower in (params[:6], params[6:]):
+            y = x
+            for i, (weight, bias) in enumerate(zip(tower[::2], tower[1::2], strict=True)):
+                y = torch.baddbmm(bias.unsqueeze(1), y, weight)
+                y = torch.tanh(y) if i < 2 else y
+            total = total + y.square().mean((1, 2)).sum()
+        return total
+
+    return _training(s, name, params, loss, rows=True)
+
+
+def _training_network(s: Settings, name: str) -> Callable[[], float]:
+    torch.manual_seed(0)
+    module, x = _network(s), torch.randn(s.batch, s.large[0])
+    return _training(s, name, list(module.parameters()), lambda: module(x).square().mean(), rows=False)
 
 
 def measure(s: Settings = DEFAULT) -> list[Result]:
@@ -113,7 +135,8 @@ def measure(s: Settings = DEFAULT) -> list[Result]:
     cases: dict[str, Callable[[str], Callable[[], float]]] = {
         f"step, {s.agents} agents of {small:,} parameters": lambda name: _steps(s, name, _population(s), True),
         f"step, {large:,} parameters": lambda name: _steps(s, name, list(_network(s).parameters()), False),
-        f"training step, batch {s.batch}, {large:,} parameters": lambda name: _training(s, name),
+        f"training step, batch {s.batch}, {s.agents} agents": lambda name: _training_population(s, name),
+        f"training step, batch {s.batch}, {large:,} parameters": lambda name: _training_network(s, name),
     }
     rows = []
     for case, run in cases.items():

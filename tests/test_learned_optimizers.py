@@ -2,6 +2,7 @@
 one set of weights per lifetime, and what a torch optimizer owes to its users."""
 
 import copy
+from dataclasses import replace
 
 import experience
 import higher
@@ -12,23 +13,30 @@ from test_inner_loop import HeldPPO, check_against_differences, meta_loss, unrol
 from torch import nn
 from torch.testing import assert_close
 
+from experiments.oracles.quadratic import Quadratic
 from learned_rl import PPO, PPOConfig, UserError, save
 from learned_rl.agents import AgentConfig
 from learned_rl.component import Hyper
 from learned_rl.inner_loop import GraphInner, PlainInner
 from learned_rl.layout import Layout, Part, StepContext, dormancy
-from learned_rl.ppo import Slots
-from learned_rl.registry import components
+from learned_rl.lifetimes import Lifetimes
+from learned_rl.ppo import Algorithm, Slots
+from learned_rl.registry import components, make_family
 from learned_rl.rule_optimizer import RuleOptimizer
+from learned_rl.streams import Streams
 from learned_rl.substitute import substituted
 from learned_rl.update_rules import SGD, Adam, AdamConfig, RMSProp
 from meta_optimizers.coordinatewise import GRU, LSTM, log_and_sign
+from meta_optimizers.estimators import estimator_config
+from meta_optimizers.evolution import Evolution, EvolutionConfig
 from meta_optimizers.l2l import L2L, L2LConfig
 from meta_optimizers.learned_adam import LearnedAdam
 from meta_optimizers.meta_sgd import MetaSGD, MetaSGDConfig
 from meta_optimizers.mlp_optimizer import MLPOptimizer, MLPOptimizerConfig
 from meta_optimizers.open import OPEN, OPENConfig
 from meta_optimizers.optim4rl import Optim4RL, Optim4RLConfig
+from meta_optimizers.problem import Eta, Moved
+from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-14}
 HAND_MADE = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam}
@@ -382,11 +390,6 @@ def test_open_is_told_progress_epochs_depth_and_noise():
 
 
 def test_lifetimes_on_one_stream_have_the_same_noise():
-    from learned_rl.lifetimes import Lifetimes
-    from learned_rl.ppo import Algorithm
-    from learned_rl.registry import make_family
-    from learned_rl.streams import Streams
-
     config = PPOConfig(n_envs=2, n_steps=4, n_epochs=1, n_minibatches=1, agent=AgentConfig(hidden=(4,)))
     torch.manual_seed(0)
     algorithm = Algorithm(config, Slots.fill(config, optimizer=OPEN()))
@@ -574,3 +577,93 @@ def test_what_a_watched_module_tells():
     other = optimizer.context(0, 3, module[0].weight)
     assert torch.equal(optimizer.context(0, 3, module[0].weight).noise, other.noise)
     assert not torch.equal(context.noise, other.noise)
+
+
+# --- evolution ----------------------------------------------------------------------------------------------------
+
+
+class Ruled(Quadratic):
+    """Quadratics that a learned rule descends, all of them the same one."""
+
+    def __init__(self, lifetimes, rule):
+        super().__init__(lifetimes, dimensions=2, streams=torch.zeros(lifetimes, dtype=torch.int64))
+        numbers = [[0.6, 1.8], [-0.5, 0.7], [1.2, -1.6]]  # whatever the number of lifetimes
+        rows = (torch.tensor(x, dtype=torch.float64).expand(lifetimes, 2) for x in numbers)
+        self.curvature, self.centre, self.start = rows
+        self.rule = rule
+        self._state = {"theta": self.start.clone()} | rule.initial_state(self.start)
+
+    def step(self, state, data, eta):
+        theta = state["theta"]
+        own = {k: v for k, v in state.items() if k != "theta"}
+        rule = substituted(self.rule, eta.values, eta.stacked)
+        step, own = rule.update(self.curvature * (theta - self.centre), own, theta, 0.3)
+        loss, zero = self.judge(state, data, eta), theta.new_zeros(self.lifetimes)
+        return Moved({"theta": theta + step} | own, loss, zero, zero, theta.isfinite().all(1))
+
+
+def test_the_mean_of_evolution_is_the_smoothed_gradient():
+    """Of the cost after four updates, over sigma = 1, by quadrature; the gradient at the mean itself is another one."""
+    rule = MetaSGD(MetaSGDConfig(per="parameter", base="adam", sizes=(2,))).double()
+    updates, sigma = 4, 1.0
+    config = EvolutionConfig(window=updates, sigma=sigma, fitness="last", sharing="population")
+    mean = {"log_rate": torch.tensor([-0.5, 0.5], dtype=torch.float64)}
+
+    def costs(points):
+        """[n] of rules at eta [n, 2]; differentiable."""
+        problem = Ruled(len(points), rule)
+        state = problem.present()
+        for _ in range(updates):
+            state = problem.step(state, problem.collect(state), Eta({"log_rate": points}, stacked=True)).state
+        return 0.5 * state["theta"].square().sum(1)
+
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    z = torch.cartesian_prod(*[torch.from_numpy(nodes)] * 2)
+    w = torch.outer(*[torch.from_numpy(weights / weights.sum())] * 2).flatten()
+    smoothed = (w * costs(mean["log_rate"] + sigma * z)) @ z / sigma
+    point = mean["log_rate"].clone().requires_grad_()
+    (plain,) = torch.autograd.grad(costs(point.unsqueeze(0)).sum(), point)
+
+    found = [Evolution(config, seed=seed)(Ruled(2000, rule), Eta(mean)).grads["log_rate"] for seed in range(30)]
+    error = torch.stack(found).std(0) / len(found) ** 0.5
+    assert ((torch.stack(found).mean(0) - smoothed).abs() < 3 * error).all()
+    assert ((smoothed - plain).abs() > 10 * error).any()
+
+
+def test_evolution_meta_trains_open_and_goes_on_as_if_without_break():
+    """Weights that are all zero at first; noise, activity and progress in every member; a checkpoint in the middle."""
+    small, hyper = AgentConfig(hidden=(4,)), Hyper(learning_rate=1.0)  # large steps, so that members differ
+    agent = PPOConfig(n_envs=2, n_steps=9, n_epochs=2, n_minibatches=1, agent=small, hyper=hyper)
+    estimator = EvolutionConfig(window=2, sigma=0.3)
+    config = MetaTrainConfig(lifetimes=4, horizon=2, learning_rate=0.1, agent=agent, estimator=estimator)
+
+    def trainer():
+        return MetaTrainer(make_family("catch/5x5"), OPEN(OPENConfig(start="zero")), config)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    for _ in range(4):
+        whole.step()
+    for _ in range(2):
+        first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(2):
+        second.step()
+    flat = nn.utils.parameters_to_vector(whole.component.parameters())
+    assert (flat != 0).any() and torch.equal(flat, nn.utils.parameters_to_vector(second.component.parameters()))
+
+
+@pytest.mark.parametrize("estimator", ["truncated", "rematerialised", "first_order", "bmg"])
+def test_estimators_of_windows_move_every_learned_optimizer(estimator):
+    small, hyper = AgentConfig(hidden=(4,)), Hyper(learning_rate=0.01)
+    agent = PPOConfig(n_envs=2, n_steps=9, n_epochs=1, n_minibatches=1, agent=small, hyper=hyper)
+    for name in LEARNED:
+        torch.manual_seed(0)
+        rule = _rough(components()[name]()) if name != "meta_sgd" else MetaSGD()
+        config = MetaTrainConfig(
+            lifetimes=3, horizon=4, agent=agent, estimator=replace(estimator_config(estimator), window=2)
+        )
+        trainer = MetaTrainer(make_family("catch/5x5"), rule, config)
+        before = nn.utils.parameters_to_vector(rule.parameters()).detach().clone()
+        seen = [trainer.step() for _ in range(3)]
+        assert all(row["skipped"] == 0 and row["broken"] == 0 for row in seen), name
+        assert (nn.utils.parameters_to_vector(rule.parameters()) != before).any(), name

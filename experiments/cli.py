@@ -152,7 +152,7 @@ def _show(words: list[str], command: list[str]) -> None:
 
     args = parse(Show, "show", words)
     picture = show(args.file, args.out)
-    drawn = "pictures are of objectives, optimizers and tables of rewards"
+    drawn = "pictures are of objectives, tables of rewards, and optimizers that have met their agents"
     print(f"picture: {picture}" if picture else f"There is no picture of {args.file}: {drawn}.")
 
 

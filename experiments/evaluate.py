@@ -91,6 +91,7 @@ class Method:
     Attributes:
         parts:   slot -> what is plugged into it.
         sources: slot -> name or file of it, where it has one.
+        around:  whether its learning rate is searched around the configured one.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Method:
     sources: Mapping[str, str]
     horizon: int
     tuned: bool
+    around: bool = False
 
     @property
     def objective(self) -> Objective | None:
@@ -127,7 +129,8 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
     names = args.baselines if args.baselines is not None else BASELINES_OF[learned.slot]
     parts = {learned.slot: learned}
     config = _suited(learned, family)
-    chosen = [Method(learned.name, config, parts, {learned.slot: str(path)}, updates, args.tune_learned)]
+    first = Method(learned.name, config, parts, {learned.slot: str(path)}, updates, args.tune_learned)
+    chosen = [dataclasses.replace(first, around=isinstance(learned, UpdateRule))]
     for name in dict.fromkeys(listed(names) if names else []):
         chosen.append(rivals(name, learned, chosen[0], family))
         if chosen[-1].name in [method.name for method in chosen[:-1]]:
@@ -160,19 +163,21 @@ def _of_optimizers(name: str, learned: Objective | UpdateRule, first: Method, fa
     """A baseline of a learned optimizer: the same algorithm moved by another rule, hand-made or of another file."""
     if name == UNTRAINED:
         return dataclasses.replace(first, name=name, parts=_untrained(learned), sources={}, tuned=True)
+    tabular = isinstance(family.observation_space, Discrete)
     if name in RULES:
-        number = 0.05 if isinstance(family.observation_space, Discrete) else 1e-3
-        hyper = first.config.hyper.replace(learning_rate=number)
+        networks = {"sgd": 0.1, "momentum": 0.1}.get(name, 1e-3)
+        hyper = first.config.hyper.replace(learning_rate={"sgd": 80.0}.get(name, 0.05) if tabular else networks)
         config = dataclasses.replace(first.config, optimizer=name, hyper=hyper)
-        return Method(name, config, {}, {}, first.horizon, True)
+        return Method(name, config, {}, {}, first.horizon, True, around=True)
     if not name.endswith(artifacts.SUFFIX):
         raise unknown("baseline", name, [*RULES, UNTRAINED, f"the {artifacts.SUFFIX} file of another optimizer"])
     other = _learned(Path(name))
     if not isinstance(other, UpdateRule):
         raise UserError(f"{name} holds a component of the slot {other.slot!r}: expected an optimizer.")
-    rate = other.rate or first.config.hyper.learning_rate
+    rate = other.trained_rate(tabular) or first.config.hyper.learning_rate
     config = dataclasses.replace(first.config, hyper=first.config.hyper.replace(learning_rate=rate))
-    return Method(other.name, config, {"optimizer": other}, {"optimizer": name}, first.horizon, True)
+    called = other.name if other.name != first.name else f"{other.name}-{Path(name).resolve().parent.name}"
+    return Method(called, config, {"optimizer": other}, {"optimizer": name}, first.horizon, True, around=True)
 
 
 def _untrained(learned: Component) -> dict[str, Component]:
@@ -259,9 +264,10 @@ class _Session:
             device=args.device,
             optimizer=method.rule,
         )
-        study = agents.study(
-            self.suite, agent_space(settings, method.objective, space, NUMBERS, method.rule), test=False
-        )
+        # Optimizers have step sizes of scales of their own: each is searched as widely around its own.
+        number = method.config.hyper.learning_rate
+        rate = number if method.around and isinstance(number, float) else None
+        study = agents.study(self.suite, agent_space(settings, method.objective, space, NUMBERS, rate), test=False)
         config = SearchConfig(trials=args.trials, pruner="none", seed=args.seed)
         return Search(study, f"sqlite:///{self.run.path / STUDIES}", method.name, config)
 

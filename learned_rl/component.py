@@ -105,6 +105,11 @@ class Context:
         """[P] share of the lifetime that is over, from 0 to 1 (and 1 where it outlasts its horizon)."""
         return (self.age / self.horizon).clamp(max=1.0)
 
+    @property
+    def elapsed(self) -> Tensor:
+        """[P] the same from 0 in the first update to 1 in the last one (0 where there is but one)."""
+        return (self.age / (self.horizon - 1).clamp(min=1)).clamp(max=1.0)
+
 
 class Component(nn.Module):
     """A learned (or hand-made) part of the algorithm.
@@ -301,11 +306,15 @@ class UpdateRule(Component):
     #: learning rate with which it is what its paper describes; None: whatever suits the agents
     suited_rate: ClassVar[float | None] = None
 
-    @property
-    def rate(self) -> float | None:
-        """Learning rate with which it was meta-trained, or else the one that suits it."""
+    def trained_numbers(self, tabular: bool) -> dict[str, Any]:
+        """Numbers of the update with which it was meta-trained, on tables or on networks, whose step sizes are worlds
+        apart; none where it was not."""
         trained = self.provenance.get("agent") or {}
-        rate = trained.get("hyper", {}).get("learning_rate", self.suited_rate)
+        return trained.get("hyper", {}) if self.provenance.get("tabular", tabular) == tabular else {}
+
+    def trained_rate(self, tabular: bool) -> float | None:
+        """Learning rate with which it was meta-trained, or else the one that suits it."""
+        rate = self.trained_numbers(tabular).get("learning_rate", self.suited_rate)
         return None if rate is None else float(rate)
 
     def fit_layout(self, layout: Layout) -> None:

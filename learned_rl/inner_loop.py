@@ -22,7 +22,7 @@ from higher.optim import DifferentiableOptimizer
 from torch import Tensor
 
 from learned_rl.agents import AgentOutput, Population
-from learned_rl.component import Hyper, UpdateRule, shield
+from learned_rl.component import Hyper, UpdateRule, finite, shield
 from learned_rl.layout import StepContext
 from learned_rl.rule_optimizer import RuleOptimizer
 from learned_rl.types import Tree, UserError
@@ -75,11 +75,18 @@ class Inner(ABC):
         """The step to add to theta, and the new state, from the gradient `[P, D]`; out of place."""
         if self.rule.stops_gradient:
             grad = grad.detach()  # stop: the rule's input is a constant
+        whole = finite(grad) if self.graph else None
+        if whole is not None and not bool(whole.all()):  # a learned rule must not compute with what one of them broke
+            grad = select_rows(whole, grad, torch.zeros_like(grad))
         clipped, rate = clip_norm(grad, hyper.max_grad_norm), hyper.learning_rate
         if isinstance(rate, Tensor) and rate.dim() > 1 and rate.shape[1] > 1:  # one for each layer
             rate = rate[:, self.population.layer]
         context = dataclasses.replace(context or StepContext(), layout=self.population.layout)
         step, state = self.rule.update(clipped, self.state, theta, rate, context)
+        if told := len(self.population.agent.conditions):  # numbers that networks are told are nobody's to move
+            step = torch.cat([step[:, :-told], torch.zeros_like(step[:, -told:])], 1)
+        if whole is not None and not bool(whole.all()):
+            step = select_rows(whole, step, torch.full_like(step, torch.nan))
         if active is not None:
             step = select_rows(active, step, torch.zeros_like(step))
             state = {k: select_rows(active, v, self.state[k]) for k, v in state.items()}

@@ -93,16 +93,15 @@ class PPOConfig:
         """The settings with which the objective or the optimizer was meta-trained, or else the defaults with what they
         ask for.
 
-        Step sizes of tables and networks are worlds apart: what was trained on the ones says nothing of the others. Of
-        an objective only tables' settings are kept, and an optimizer beside an objective adds its step size.
+        What was trained on tables says nothing of networks, whose step sizes are worlds apart, and the other way round.
+        Of an objective only tables' settings are kept, and an optimizer beside an objective adds its step size.
         """
         tabular = isinstance(observation_space, gymnasium.spaces.Discrete)
         if optimizer is not None:
-            trained = optimizer.provenance.get("agent")
-            if trained and objective is None and optimizer.provenance.get("tabular", True) == tabular:
-                return cls.from_plain(trained)
+            if objective is None and optimizer.trained_numbers(tabular):
+                return cls.from_plain(optimizer.provenance["agent"])
             base = cls.suited(objective, observation_space)
-            rate = optimizer.rate
+            rate = optimizer.trained_rate(tabular)
             return base if rate is None else dataclasses.replace(base, hyper=base.hyper.replace(learning_rate=rate))
         if objective is None:
             return cls(hyper=Hyper(learning_rate=0.05)) if tabular else cls()
@@ -308,12 +307,11 @@ class Algorithm:
     ) -> StepContext:
         """What the update rule may know of the update's k-th gradient step."""
         c, rule = self.config, self.slots.optimizer
-        progress = (context.age / (context.horizon - 1).clamp(min=1)).clamp(max=1.0)
         activity = inner.population.activity(out) if rule.reads_activity else None
         drawn = (
             noise(torch.Tensor.normal_, inner.theta.detach(), generator, streams) if rule.draws else None
         )  # stop: its shape
-        return StepContext(None, progress, k // c.n_minibatches / max(c.n_epochs - 1, 1), activity, drawn)
+        return StepContext(None, context.elapsed, k // c.n_minibatches / max(c.n_epochs - 1, 1), activity, drawn)
 
     def _ask(
         self, inner: Inner, trajectory: Trajectory, context: Context, hyper: Hyper

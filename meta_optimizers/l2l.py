@@ -5,8 +5,8 @@ gradient descent", NeurIPS 2016, arXiv:1606.04474. Two layers of LSTM with weigh
 
     theta' = theta - learning_rate * w . h_2,    h = LSTM(log and sign of the gradient, h)
 
-with a learning rate of 0.1 (the paper's factor of the output). Weights are made at random with the last layer small;
-with a `nominal` rule the last layer starts at zero, and the rule is that one.
+with a learning rate of 0.1 (the paper's factor of the output), and a bias beside w. With a `nominal` rule the last
+layer starts at zero, and the rule is that one.
 
 Contract 1: features are those of `coordinatewise.log_and_sign` with p = 10.
 """

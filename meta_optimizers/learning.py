@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from learned_rl.agents import AgentOutput
 from learned_rl.component import Component, Context, Metrics, finite, lifetime_mean
 from learned_rl.inner_loop import GraphInner, Inner, PlainInner
+from learned_rl.layout import StepContext
 from learned_rl.lifetimes import Episodes, Lifetimes, under
 from learned_rl.ppo import Algorithm, Slots, UpdateRecord
 from learned_rl.spaces import LogUniform, searched
@@ -96,6 +97,7 @@ class Learning(Problem):
         self.config, self.values, self.bandit = loss, critic, bandit
         self.restarting, self.together, self.group, self.lifetimes = restarts, together, group or Group(), len(lives)
         self.learned: dict[str, Component] = {s: c for s, c in self.algorithm.slots.items() if s in learned}
+        self._check_reached()
         objective = self.algorithm.slots.objective
         for name in loss.regularisers:
             if name not in objective.regularisers:
@@ -111,6 +113,23 @@ class Learning(Problem):
         self._ended: list[Episodes] = []
         self._log: dict[str, float] = {}
         self._begin(torch.ones(self.streams.total, dtype=torch.bool))
+
+    def _check_reached(self) -> None:
+        """Whether the meta-gradient reaches what is learned, if there is one.
+
+        Raises:
+            UserError: a part that acts through the agents' gradient, which the update rule takes as a constant.
+        """
+        rule, numbers = self.algorithm.slots.optimizer, self.algorithm.slots.hyperparameters
+        through = set(self.learned) - {"optimizer"}
+        if numbers.tuned == ("learning_rate",):  # the step is multiplied by it
+            through -= {"hyperparameters"}
+        if self.values is not None and rule.stops_gradient and through:
+            raise UserError(
+                f"What the slot {min(through)!r} learns acts through the agents' gradient, which the optimizer "
+                f"{rule.name!r} takes as a constant: expected stop_gradient off (--set optimizer.stop_gradient=false), "
+                "or another optimizer."
+            )
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -216,8 +235,11 @@ class Learning(Problem):
         theta = state["theta"]
         (grad,) = torch.autograd.grad(loss.sum(), theta)
         inner = self._inner(state, self._slots(eta.map(torch.Tensor.detach)))  # stop: the target is a constant
+        # As in an update's last pass; units that nobody watched are like any other, and noise would pull at nothing.
+        elapsed = Context(state["age"], self.lives.horizon, {}).elapsed
+        known = StepContext(None, elapsed, 1.0, torch.ones_like(grad), torch.zeros_like(grad))
         with torch.no_grad():
-            step, rule = inner.move(grad, theta, self.lives.hyper)
+            step, rule = inner.move(grad, theta, self.lives.hyper, context=known)
             after = torch.where(loss.isfinite()[:, None], theta + step, torch.nan)  # the others have no target
             return state | {"theta": after} | _named("optimizer", rule)
 

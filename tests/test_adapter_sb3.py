@@ -186,7 +186,7 @@ def test_activity_is_what_each_layers_units_say_after_their_nonlinearity():
     model = with_rule(Nosy(), copies(1, "CartPole-v1"), policy_kwargs={"net_arch": {"pi": [4, 4], "vf": [4, 4]}})
     policy, obs = model.policy, torch.randn(50, 4)  # observations as wide as the layers
     policy.evaluate_actions(obs, torch.zeros(50))
-    found = dormancy(policy.optimizer._units)
+    found = dormancy(policy.optimizer._watchers[0].units)
     for trunk in ("policy_net", "value_net"):
         said = obs
         for i, layer in enumerate(getattr(policy.mlp_extractor, trunk)):
@@ -197,6 +197,8 @@ def test_activity_is_what_each_layers_units_say_after_their_nonlinearity():
 
 
 def test_mistakes_with_the_optimizer_are_explained():
+    with pytest.raises(UserError, match="policy_kwargs has 'optimizer_class', which is the rule's place"):
+        learned_optimizer("adam", policy_kwargs={"optimizer_class": torch.optim.SGD})
     with pytest.raises(UserError, match="policy is 'MlpPolcy': expected one of MlpPolicy, CnnPolicy, MultiInputPolicy"):
         learned_optimizer("adam", "MlpPolcy")
     with pytest.raises(UserError, match="slot 'optimizer' is expected here, and 'dpo' fits the slot 'objective'"):

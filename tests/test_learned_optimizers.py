@@ -2,6 +2,7 @@
 one set of weights per lifetime, and what a torch optimizer owes to its users."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import experience
@@ -36,7 +37,9 @@ from meta_optimizers.mlp_optimizer import MLPOptimizer, MLPOptimizerConfig
 from meta_optimizers.open import OPEN, OPENConfig
 from meta_optimizers.optim4rl import Optim4RL, Optim4RLConfig
 from meta_optimizers.problem import Eta, Moved
+from meta_optimizers.self_tuning import SelfTuning
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
+from objectives.self_tuned import SelfTuned, SelfTunedConfig
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-14}
 HAND_MADE = {"sgd": SGD, "rmsprop": RMSProp, "adam": Adam}
@@ -667,3 +670,169 @@ def test_estimators_of_windows_move_every_learned_optimizer(estimator):
         seen = [trainer.step() for _ in range(3)]
         assert all(row["skipped"] == 0 and row["broken"] == 0 for row in seen), name
         assert (nn.utils.parameters_to_vector(rule.parameters()) != before).any(), name
+
+
+# --- what users do with optimizers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in LEARNED if n != "open"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copied", "pickled"])
+def test_a_copy_of_module_and_optimizer_goes_on_as_they_do(name, how):
+    module = network()
+    optimizer = made(name, module)
+    train(module, optimizer, 3)
+    other, again = how((module, optimizer))
+    assert train(module, optimizer, 3, begin=3) == train(other, again, 3, begin=3)
+
+
+def test_a_copy_is_not_watched_and_disturbs_nobody():
+    """Neither a copied optimizer, which says so, nor a copy of the module that runs on other data."""
+    module = network()
+    optimizer = made("open", module)
+    module(torch.ones(2, 3))
+    other, again = copy.deepcopy((module, optimizer))
+    before = {k: v.clone() for k, v in optimizer._watchers[0].units.items()}
+    other(torch.zeros(5, 3)).sum().backward()
+    pickle.loads(pickle.dumps(module))(torch.zeros(5, 3))
+    assert all(torch.equal(v, before[k]) for k, v in optimizer._watchers[0].units.items())
+    with pytest.raises(UserError, match=r"call the optimizer's `watch\(module\)`"):
+        again.step()
+    again.watch(other)
+    again.step()
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_parameters_of_another_precision(name):
+    """The rule's own weights stay as they are; a change of them is seen."""
+    module = network().double()
+    optimizer = made(name, module)
+    train(module, optimizer, 2)
+    assert {p.dtype for p in optimizer.rule.parameters()} == {torch.float32}
+    assert all(v.dtype == torch.float64 for v in optimizer.state[next(module.parameters())].values())
+    before = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+    with torch.no_grad():
+        for p in optimizer.rule.parameters():
+            p.fill_(0.0 if name != "meta_sgd" else -100.0)
+    train(module, optimizer, 1)
+    moved = (nn.utils.parameters_to_vector(module.parameters()) - before).abs().max()
+    assert moved < 1e-9 or name in ("optim4rl", "learned_adam")  # exp(0) = 1: these go on with a step of one
+
+
+def test_a_second_branch_that_is_as_wide_as_a_layer_reads_the_observation():
+    actor, critic = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.actor, self.critic = actor, critic
+
+        def forward(self, x):
+            return self.actor(x), self.critic(x)
+
+    module = Both()
+    optimizer = RuleOptimizer(module.parameters(), OPEN())
+    optimizer.watch(module, critic=lambda name: name.startswith("critic"))
+    x = torch.randn(6, 4)
+    said = module(x)
+    units = optimizer._watchers[0].units
+    assert torch.equal(units["actor"][0], said[0]) and torch.equal(units["critic"][0], said[1])
+
+
+def test_several_modules_are_watched_one_after_the_other():
+    actor, critic = network(), network()
+    optimizer = RuleOptimizer([*actor.parameters(), *critic.parameters()], OPEN())
+    optimizer.watch(actor)
+    optimizer.watch(critic, critic=lambda name: True)
+    optimizer.watch(actor)  # again: nothing is counted twice
+    for module, x in ((actor, torch.ones(2, 3)), (critic, torch.ones(5, 3))):
+        module(x)
+    context = optimizer.context(0, 0, actor[0].weight)
+    half = sum(p.numel() for p in actor.parameters())
+    assert not context.layout.critic[:half].any() and context.layout.critic[half:].all()
+    assert len({p.name for p in context.layout.parts}) == 8
+    assert (context.activity[0, :half] != 1).any() and (context.activity[0, half:] != 1).any()
+
+
+def test_groups_have_rows_and_noise_of_their_own():
+    one, two = network(), network()
+    optimizer = RuleOptimizer([{"params": one.parameters()}, {"params": two.parameters(), "lr": 0.0}], OPEN())
+    optimizer.watch(one)
+    noise = [optimizer.context(i, 0, one[0].weight).noise for i in range(2)]
+    assert noise[0].shape == noise[1].shape and (noise[0] != noise[1]).all()
+
+
+def test_mistakes_with_parameters_and_states_are_said():
+    module = network()
+    with pytest.raises(UserError, match=r"rows is on, and parameters have shapes .*: expected one first axis"):
+        RuleOptimizer(module.parameters(), SGD(), rows=True)
+    with pytest.raises(UserError, match="rows is on: the parameters are those of many lifetimes"):
+        RuleOptimizer([nn.Parameter(torch.ones(2, 3))], SGD(), rows=True).watch(module)
+    with pytest.raises(UserError, match="The saved state is of the rule 'sgd': expected that of 'adam'"):
+        RuleOptimizer(module.parameters(), Adam()).load_state_dict(
+            RuleOptimizer(module.parameters(), SGD()).state_dict()
+        )
+    for wrong, said in (
+        ({"rule": OPEN}, r"The rule is the class OPEN: expected one that is made, OPEN\(\)"),
+        ({"rule": None}, "None is no component: expected an optimizer"),
+        ({"rule": SGD(), "lr": -1.0}, "lr is -1.0: expected a number that is at least 0"),
+        ({"rule": SGD(), "lr": "x"}, "lr is 'x': expected a number that is at least 0"),
+        ({"rule": SGD(), "total_steps": 10, "steps_per_update": 4}, "total_steps is 10: expected a multiple of .* 4"),
+    ):
+        with pytest.raises(UserError, match=said):
+            RuleOptimizer(module.parameters(), **wrong)
+
+
+# --- beside other parts -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["l2l", "open", "mlp_optimizer"])
+def test_numbers_that_networks_are_told_are_not_moved(name):
+    """Rules may move parameters whose gradient is zero; these are no parameters."""
+    config = PPOConfig(n_envs=2, n_steps=8, n_epochs=2, n_minibatches=1, agent=AgentConfig(hidden=(4,)))
+    agent = PPO("CartPole-v1", config, hyperparameters="mgrl", optimizer=name).learn(3 * 16)
+    told = agent.lifetimes.population.theta[:, -2:]
+    hyper = config.hyper
+    assert_close(told, torch.tensor([[hyper.gamma, hyper.gae_lambda]]), rtol=1e-5, atol=0)
+
+
+def test_what_acts_through_the_gradient_cannot_be_learned_beside_a_rule_that_stops_it():
+    for plugged in ({"hyperparameters": "self_tuned"}, {"reward": "lirpg"}):
+        with pytest.raises(
+            UserError, match=r"which the optimizer 'l2l' takes as a constant: expected stop_gradient off"
+        ):
+            SelfTuning("CartPole-v1", optimizer="l2l", **plugged)
+        SelfTuning("CartPole-v1", optimizer=L2L(L2LConfig(stop_gradient=False)), **plugged)
+    rate = SelfTuned(SelfTunedConfig(("learning_rate",)))
+    agent = SelfTuning("CartPole-v1", optimizer="l2l", hyperparameters=rate).learn(3 * 1024)
+    assert agent.component("hyperparameters", 0).eta["learning_rate"].abs().max() > 0
+
+
+def test_a_bootstrapped_target_is_told_where_it_stands():
+    heard = []
+
+    class Spy(OPEN):
+        def update(self, grad, state, theta, learning_rate, context=None):
+            heard.append(context)
+            return super().update(grad, state, theta, learning_rate, context)
+
+    agent = PPOConfig(n_envs=2, n_steps=9, n_epochs=1, n_minibatches=1, agent=AgentConfig(hidden=(4,)))
+    config = MetaTrainConfig(lifetimes=2, horizon=8, agent=agent, estimator=replace(estimator_config("bmg"), window=1))
+    MetaTrainer(make_family("catch/5x5"), Spy(), config).step()
+    last, before = heard[-1], heard[-2]
+    assert (last.progress > before.progress).any() and (last.progress >= before.progress).all() and last.epoch == 1.0
+    assert (last.activity == 1).all() and not last.noise.any()
+
+
+def test_a_lifetime_whose_gradient_is_not_finite_breaks_alone():
+    """Its parameters become NaN, and the others keep their steps and their meta-gradient."""
+    rule = _rough(L2L(L2LConfig(hidden=3)).double())
+    agents = experience.population("mlp", value=True)
+    inner = GraphInner(agents, rule, rule.initial_state(agents.theta.detach()))
+    grad = torch.randn(agents.theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hyper = Hyper(learning_rate=0.1, max_grad_norm=float("inf"))
+    whole, _ = inner.move(grad, inner.theta, hyper)
+    expected = torch.autograd.grad(whole[0].square().sum(), list(rule.parameters()), retain_graph=True)
+    grad[1, 0] = float("inf")
+    step, _ = inner.move(grad, inner.theta, hyper)
+    assert step[1].isnan().all() and torch.equal(step[0], whole[0])
+    assert_close(torch.autograd.grad(step[0].square().sum(), list(rule.parameters())), expected, **TIGHT)

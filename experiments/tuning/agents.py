@@ -109,23 +109,23 @@ def agent_space(
     objective: Objective | None,
     observation_space: GymSpace,
     names: Sequence[str] | None = None,
-    optimizer: UpdateRule | None = None,
+    rate: float | None = None,
 ) -> dict[str, Space]:
     """Dotted path -> space of the settings to search.
 
-    The step sizes of tables are worlds apart from those of networks, and their spaces from the ones beside the fields;
-    a learned optimizer's is searched around the one with which it was trained.
+    The step sizes of tables are worlds apart from those of networks, and their spaces from the ones beside the fields.
 
     Args:
         names: last parts of the paths; None: what the algorithm reads (see `SHARED`, `CRITIC`, `SURROGATE`).
+        rate:  learning rate around which to search, two powers of ten up and down; None: in the field's own space.
     """
     config = settings.config
     known = spaces(settings)
     if isinstance(observation_space, Discrete):
         rates = LogUniform(5.0, 1000.0) if config.optimizer == "sgd" else LogUniform(1e-3, 1.0)
         known["config.hyper.learning_rate"] = rates
-    if optimizer is not None and (rate := optimizer.rate) is not None:
-        known["config.hyper.learning_rate"] = LogUniform(rate / 30, rate * 30)
+    if rate is not None:
+        known["config.hyper.learning_rate"] = LogUniform(rate / 100, rate * 100)
     read = {*SHARED, *CRITIC, *(SURROGATE if config.n_epochs > 1 else ()), "prediction_coef"}
     read -= unread(config, objective, observation_space)
     if names is not None:
@@ -223,8 +223,7 @@ class AgentStudy:
     ) -> Study:
         """The search problem; `space` None: what the algorithm reads."""
         metrics = metrics or {"score": "maximize"}
-        observations = self.family.observation_space
-        chosen = dict(space or agent_space(self.settings, self.objective, observations, optimizer=self.optimizer))
+        chosen = dict(space or agent_space(self.settings, self.objective, self.family.observation_space))
         if "environment_steps" in metrics:
             chosen["steps"] = Integers(max(1, self.settings.steps // 16), self.settings.steps, log=True)
         about: dict[str, Any] = {k: getattr(self, k) for k in ("tasks", "seeds", "checkpoints", "episodes", "seed")}

@@ -1,7 +1,7 @@
 """Learned parts in TorchRL (https://github.com/pytorch/rl): `pip install learned-rl[torchrl]`.
 
 `ObjectiveLoss` is an objective as a `LossModule`, `RewardTransform` a reward as a `Transform`. An update rule needs
-neither: `RuleOptimizer` is a torch optimizer (call its `watch` on the actor first). Both are differentiable in the
+neither: `RuleOptimizer` is a torch optimizer (call its `watch` on actor and critic). Both are differentiable in the
 component's weights, so that meta-gradients may pass through them.
 """
 

@@ -91,10 +91,13 @@ def learned_optimizer(
     at_least(
         1, total_timesteps=total_timesteps, n_envs=n_envs, n_steps=n_steps, batch_size=batch_size, n_epochs=n_epochs
     )
+    for name in ("optimizer_class", "optimizer_kwargs"):
+        if policy_kwargs and name in policy_kwargs:
+            raise UserError(f"policy_kwargs has {name!r}, which is the rule's place: expected other arguments.")
     found = frozen(find(rule, UpdateRule))
     per_update = n_epochs * math.ceil(n_steps * n_envs / batch_size)
     updates = None if total_timesteps is None else math.ceil(total_timesteps / (n_steps * n_envs))
-    trained = (found.provenance.get("agent") or {}).get("hyper", {})
+    trained = found.trained_numbers(tabular=False)
     kwargs = {
         "rule": found,
         "total_steps": None if updates is None else updates * per_update,

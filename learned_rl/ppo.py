@@ -308,9 +308,8 @@ class Algorithm:
         """What the update rule may know of the update's k-th gradient step."""
         c, rule = self.config, self.slots.optimizer
         activity = inner.population.activity(out) if rule.reads_activity else None
-        drawn = (
-            noise(torch.Tensor.normal_, inner.theta.detach(), generator, streams) if rule.draws else None
-        )  # stop: its shape
+        like = inner.population.theta
+        drawn = noise(torch.Tensor.normal_, like, generator, streams) if rule.draws else None
         return StepContext(None, context.elapsed, k // c.n_minibatches / max(c.n_epochs - 1, 1), activity, drawn)
 
     def _ask(

@@ -19,6 +19,9 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from experiments.runs import plain
+from learned_rl import PPO as OurPPO  # noqa: N811
+from learned_rl import PPOConfig, save
 from learned_rl.adapters.sb3 import (
     HyperparameterCallback,
     ObjectivePPO,
@@ -28,12 +31,13 @@ from learned_rl.adapters.sb3 import (
     learned_optimizer,
     write_numbers,
 )
-from learned_rl.component import NoConfig, Reward, UpdateRule
+from learned_rl.component import Hyper, NoConfig, Reward, UpdateRule
 from learned_rl.defaults import Constants, ConstantsConfig, PPOClip, PPOClipConfig
 from learned_rl.layout import dormancy
 from learned_rl.rule_optimizer import RuleOptimizer
 from learned_rl.types import UserError
 from learned_rl.update_rules import SGD, Adam
+from meta_optimizers.optim4rl import Optim4RL
 from objectives.contextual import Contextual
 from objectives.dpo import DPO
 from objectives.impala import Impala
@@ -116,7 +120,7 @@ def test_the_learning_rate_multiplies_the_rules_steps():
     assert falling.policy.optimizer.param_groups[0]["lr"] == 0.0
 
 
-@pytest.mark.parametrize("rule", ["adam", "momentum"])
+@pytest.mark.parametrize("rule", ["adam", "momentum", "optim4rl", "l2l", "mlp_optimizer"])
 def test_a_saved_model_carries_the_optimizer_and_goes_on_to_the_same_numbers(rule, tmp_path):
     model = with_rule(rule, total_timesteps=10_000)
     model.learn(64)
@@ -135,6 +139,41 @@ def test_a_saved_model_carries_the_optimizer_and_goes_on_to_the_same_numbers(rul
         np.random.seed(0)  # noqa: NPY002 - what the library draws from
         m.train()
     assert torch.equal(weights(ends[0]), weights(ends[1])) and not torch.equal(weights(ends[0]), weights(ends[2]))
+
+
+def test_one_file_moves_agents_here_and_there_and_any_other_network(tmp_path):
+    """The library's PPO, ours and a supervised torch loop, each saved in the middle and gone on with."""
+    torch.manual_seed(0)
+    file = tmp_path / "rule.safetensors"
+    save(Optim4RL(), file, {"agent": plain(PPOConfig(hyper=Hyper(learning_rate=2e-3))), "tabular": False})
+
+    model = with_rule(str(file))
+    assert model.policy.optimizer.param_groups[0]["lr"] == 2e-3
+    before = weights(model)
+    assert (trained(model, 64) - before).abs().max() > 1e-3
+
+    config = PPOConfig(n_envs=2, n_steps=16, n_epochs=2, n_minibatches=1, hyper=Hyper(learning_rate=2e-3))
+    ours, again = (OurPPO("CartPole-v1", config, optimizer=file, seeds=2) for _ in range(2))
+    begin = ours.lifetimes.population.theta.clone()
+    again.load_state_dict(copy.deepcopy(ours.learn(64).state_dict()))
+    ends = [agent.learn(128).lifetimes.population.theta for agent in (ours, again)]
+    assert torch.equal(*ends) and (ends[0] - begin).abs().max() > 1e-3
+
+    module, twin = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    optimizers = [RuleOptimizer(m.parameters(), file) for m in (module, twin)]
+    x = torch.randn(8, 3)
+
+    def fit(m, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            (m(x) - x[:, :2]).square().mean().backward()
+            optimizer.step()
+        return m.weight.detach().clone()
+
+    middle = fit(module, optimizers[0])
+    twin.load_state_dict(copy.deepcopy(module.state_dict()))
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    assert torch.equal(fit(module, optimizers[0]), fit(twin, optimizers[1])) and (module.weight != middle).any()
 
 
 class Nosy(UpdateRule):

@@ -153,7 +153,7 @@ def test_one_file_moves_agents_here_and_there_and_any_other_network(tmp_path):
     assert (trained(model, 64) - before).abs().max() > 1e-3
 
     config = PPOConfig(n_envs=2, n_steps=16, n_epochs=2, n_minibatches=1, hyper=Hyper(learning_rate=2e-3))
-    ours, again = (OurPPO("CartPole-v1", config, optimizer=file, seeds=2) for _ in range(2))
+    ours, again = (OurPPO("control/cartpole-default", config, optimizer=file, seeds=2) for _ in range(2))
     begin = ours.lifetimes.population.theta.clone()
     again.load_state_dict(copy.deepcopy(ours.learn(64).state_dict()))
     ends = [agent.learn(128).lifetimes.population.theta for agent in (ours, again)]

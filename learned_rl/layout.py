@@ -77,11 +77,6 @@ class Layout:
     def _repeated(self, values: Tensor) -> Tensor:
         return values.repeat_interleave(torch.tensor(self.sizes)).to(self.device)
 
-    def mean_square(self, x: Tensor) -> Tensor:
-        """Of features [P, F, D], the mean square over the tensor that each parameter belongs to: [P, F, D]."""
-        means = [piece.square().mean(-1, keepdim=True) for piece in x.split(self.sizes, -1)]
-        return torch.cat([m.expand(*m.shape[:-1], n) for m, n in zip(means, self.sizes, strict=True)], -1)
-
     def spread(self, activity: Mapping[str, Tensor], like: Tensor) -> Tensor:
         """What is known of units, layer -> [P, H], for each parameter that feeds them: [P, D]; 1 where nothing is.
 

@@ -98,8 +98,15 @@ def _uniform(*shape: int, bound: float) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
 
+def _times(weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """W x + b, [P, O, D] from weights [O, I] and features [P, I, D]: a product for each lifetime, without the copies of
+    x that come with folding them into one."""
+    stacked = weight.expand(len(x), -1, -1)
+    return torch.bmm(stacked, x) if bias is None else torch.baddbmm(bias.unsqueeze(-1), stacked, x)
+
+
 class Dense(nn.Module):
-    """W x + b on features [..., I, D]: [..., O, D]; zero at first if asked for."""
+    """W x + b on features [P, I, D]: [P, O, D]; zero at first if asked for."""
 
     def __init__(self, inputs: int, outputs: int, zero: bool = False) -> None:
         super().__init__()
@@ -107,7 +114,7 @@ class Dense(nn.Module):
         self.weight, self.bias = _uniform(outputs, inputs, bound=bound), nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight @ x + self.bias[:, None]
+        return _times(self.weight, x, self.bias)
 
 
 class FeatureNorm(nn.Module):
@@ -137,11 +144,11 @@ class GRU(nn.Module):
         self.candidate = nn.Parameter(torch.zeros(hidden))
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
-        """[..., H, D] new states from features [..., I, D] and states [..., H, D]."""
+        """[P, H, D] new states from features [P, I, D] and states [P, H, D]."""
         H = self.hidden
         # One product over (x, h, 1) for the gates and for both parts of the candidate, which r takes apart: most of
         # the time goes into passes over long rows.
-        gates, given, kept = (self._joined() @ torch.cat([x, h, torch.ones_like(h[..., :1, :])], -2)).split(
+        gates, given, kept = _times(self._joined(), torch.cat([x, h, torch.ones_like(h[..., :1, :])], -2)).split(
             [2 * H, H, H], -2
         )
         r, z = torch.sigmoid(gates).split(H, -2)
@@ -169,9 +176,9 @@ class LSTM(nn.Module):
             self.input.bias[hidden : 2 * hidden] = 1.0
 
     def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """New outputs and cells [..., H, D]."""
+        """New outputs and cells [P, H, D]."""
         H = self.hidden
-        gates = self.input(x) + self.recurrent @ h
+        gates = self.input(x) + _times(self.recurrent, h)
         i, f, o = torch.sigmoid(gates[..., : 3 * H, :]).split(H, -2)
         c = f * c + i * tanh(gates[..., 3 * H :, :])
         return o * tanh(c), c
@@ -197,8 +204,10 @@ def momenta(grad: Tensor, before: Tensor, decays: tuple[float, ...] = DECAYS) ->
 
 def normalised(x: Tensor, layout: Layout | None) -> Tensor:
     """Features [P, F, D] over their root mean square in the tensor that each parameter belongs to."""
-    square = x.square().mean(-1, keepdim=True) if layout is None else layout.mean_square(x)
-    return x * torch.rsqrt(square + 1e-5)
+    if layout is None:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+    pieces = x.split(layout.sizes, -1)
+    return torch.cat([y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) for y in pieces], -1)
 
 
 def log_and_sign(grad: Tensor, p: float = 10.0) -> Tensor:

@@ -137,7 +137,7 @@ def test_the_gru_equals_torch():
         theirs.bias_ih.copy_(ours.input.bias.normal_())
         theirs.bias_hh.copy_(torch.cat([torch.zeros(8), ours.candidate]))
     x, h = torch.randn(5, 3).double(), torch.randn(5, 4).double()
-    assert_close(ours(x.T, h.T).T, theirs(x, h), **TIGHT)
+    assert_close(ours(x.T[None], h.T[None])[0].T, theirs(x, h), **TIGHT)
 
 
 def test_the_lstm_equals_torch():
@@ -149,7 +149,7 @@ def test_the_lstm_equals_torch():
         theirs.bias_ih.copy_(ours.input.bias[order])
         theirs.bias_hh.zero_()
     x, h, c = (torch.randn(5, n).double() for n in (3, 4, 4))
-    found = [y.T for y in ours(x.T, h.T, c.T)]
+    found = [y[0].T for y in ours(x.T[None], h.T[None], c.T[None])]
     assert_close(found, list(theirs(x, (h, c))), **TIGHT)
 
 

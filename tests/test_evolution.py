@@ -537,23 +537,26 @@ def test_truncated_evolution_diverges_where_persistent_evolution_converges():
 
 
 SHORT_SIGHTED = {
-    "tbptt": (lambda: TruncatedMetaGradient(TruncatedConfig(window=10, outer_data="fresh_reuse")), 1),
-    "tes": (lambda: Evolution(EvolutionConfig(window=10, sigma=0.3)), 100),
+    "tbptt": (lambda seed: TruncatedMetaGradient(TruncatedConfig(window=10, outer_data="fresh_reuse")), 1),
+    "tes": (lambda seed: Evolution(EvolutionConfig(window=10, sigma=0.3), seed), 100),
 }
 FAR_SIGHTED = {
-    "pes": (lambda: Persistent(PersistentConfig(window=10, sigma=0.3)), 100),
-    "nres": (lambda: NoiseReuse(NoiseReuseConfig(window=10, sigma=0.3)), 100),
+    "pes": (lambda seed: Persistent(PersistentConfig(window=10, sigma=0.3), seed), 100),
+    "nres": (lambda seed: NoiseReuse(NoiseReuseConfig(window=10, sigma=0.3), seed), 100),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT_SIGHTED | FAR_SIGHTED)
 def test_windows_on_the_schedule(name):
+    """The median of three seeds: now and then, as a processor rounds, noise alone carries one out of the trap."""
     make, lifetimes = (SHORT_SIGHTED | FAR_SIGHTED)[name]
-    adam = {"lr": 1e-2, "betas": (0.99, 0.999)}
-    eta = follow(make(), ToySchedule(lifetimes), ToySchedule.eta(), 1000, torch.optim.Adam, **adam)
-    found = 100 * cost(ToySchedule(), eta, 100)
-    assert found > 2400 if name in SHORT_SIGHTED else found < 600
+    adam, found = {"lr": 1e-2, "betas": (0.99, 0.999)}, []
+    for seed in range(3):
+        eta = follow(make(seed), ToySchedule(lifetimes), ToySchedule.eta(), 1000, torch.optim.Adam, **adam)
+        found.append(100 * float(cost(ToySchedule(), eta, 100)))
+    middle = sorted(found)[1]
+    assert middle > 2400 if name in SHORT_SIGHTED else middle < 600
 
 
 @pytest.mark.slow

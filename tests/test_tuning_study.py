@@ -109,9 +109,9 @@ def spying() -> Iterator[list[Seen]]:
     present: list[Seen] = []  # at most one: updates of the outer critic, in between, are none of an agent
     update, clip = Algorithm.update, inner_loop.clip_norm
 
-    def spied_update(self, inner, trajectory, context, hyper, generator):
+    def spied_update(self, inner, trajectory, context, hyper, generator, *rest):
         present.append(Seen(self, inner.population.agent, inner.graph, *trajectory.reward.shape))
-        record = update(self, inner, trajectory, context, hyper, generator)
+        record = update(self, inner, trajectory, context, hyper, generator, *rest)
         present[0].theta = inner.theta.detach().clone()
         seen.append(present.pop())
         return record
@@ -130,11 +130,11 @@ def spying() -> Iterator[list[Seen]]:
         return clip(grad, max_norm)
 
     def spied_rule(step):
-        def spied(self, grad, state, theta, learning_rate):
+        def spied(self, grad, state, theta, learning_rate, *rest):
             for each in present:
                 each.rules.append(self.name)
                 each.rates.append(torch.as_tensor(learning_rate).flatten()[0].item())
-            return step(self, grad, state, theta, learning_rate)
+            return step(self, grad, state, theta, learning_rate, *rest)
 
         return spied
 
@@ -570,10 +570,10 @@ def spying_outside() -> Iterator[Outer]:
         return clip(grads, max_norm)
 
     def spied_rule(step):
-        def spied(self, grads, state, eta, learning_rate):
+        def spied(self, grads, state, eta, learning_rate, *rest):
             if outer.trainer is not None and self is outer.trainer.rule:
                 outer.rates.append(learning_rate)
-            return step(self, grads, state, eta, learning_rate)
+            return step(self, grads, state, eta, learning_rate, *rest)
 
         return spied
 

@@ -127,12 +127,15 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
     rivals = _of_objectives if isinstance(learned, Objective) else _of_optimizers
     updates = args.updates or _default_updates(learned)
     names = args.baselines if args.baselines is not None else BASELINES_OF[learned.slot]
-    parts = {learned.slot: learned}
     config = _suited(learned, family)
-    first = Method(learned.name, config, parts, {learned.slot: str(path)}, updates, args.tune_learned)
+    first = Method(learned.name, config, {learned.slot: learned}, {learned.slot: str(path)}, updates, args.tune_learned)
     chosen = [dataclasses.replace(first, around=isinstance(learned, UpdateRule))]
     for name in dict.fromkeys(listed(names) if names else []):
-        chosen.append(rivals(name, learned, chosen[0], family))
+        if name == UNTRAINED:
+            parts = _untrained(learned)
+            chosen.append(dataclasses.replace(chosen[0], name=name, parts=parts, sources={}, tuned=True))
+        else:
+            chosen.append(rivals(name, chosen[0], family))
         if chosen[-1].name in [method.name for method in chosen[:-1]]:
             raise UserError(f"Two methods are called {chosen[-1].name!r}: expected each once.")
     return chosen
@@ -146,23 +149,19 @@ def _suited(learned: Objective | UpdateRule, family: TaskFamily) -> PPOConfig:
     return PPOConfig.suited(None, space, learned)
 
 
-def _of_objectives(name: str, learned: Objective | UpdateRule, first: Method, family: TaskFamily) -> Method:
+def _of_objectives(name: str, first: Method, family: TaskFamily) -> Method:
     """A baseline of a learned objective: another algorithm, with as many environment steps."""
     if name not in BASELINES:
         raise unknown("baseline", name, BASELINES)
     config = first.config
-    if name == UNTRAINED:
-        return dataclasses.replace(first, name=name, parts=_untrained(learned), sources={}, tuned=True)
     settings, objective = competitor(name, family.observation_space)
     settings = dataclasses.replace(settings, n_envs=config.n_envs, n_steps=config.n_steps)
     parts: dict[str, Component] = {} if objective is None else {"objective": objective}
     return Method(name, settings, parts, {"objective": "dpo"} if name == "dpo" else {}, first.horizon, True)
 
 
-def _of_optimizers(name: str, learned: Objective | UpdateRule, first: Method, family: TaskFamily) -> Method:
+def _of_optimizers(name: str, first: Method, family: TaskFamily) -> Method:
     """A baseline of a learned optimizer: the same algorithm moved by another rule, hand-made or of another file."""
-    if name == UNTRAINED:
-        return dataclasses.replace(first, name=name, parts=_untrained(learned), sources={}, tuned=True)
     tabular = isinstance(family.observation_space, Discrete)
     if name in RULES:
         networks = {"sgd": 0.1, "momentum": 0.1}.get(name, 1e-3)

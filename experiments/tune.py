@@ -158,6 +158,9 @@ def _agents(algorithm: str, env: str, args: Tune) -> Study:
         settings = read_config(args.config, agents.settings)
         if settings.objective != agents.settings.objective:
             raise UserError(f"{args.config} is of the objective {settings.objective!r}, and the study of {algorithm}.")
+        if settings.optimizer is not None:
+            plugged = f"the optimizer {settings.optimizer!r}, which a study of {algorithm} does not plug in"
+            raise UserError(f"{args.config} has {plugged}: leave it out.")
         agents = replace(agents, settings=replace(settings, **args.given(["steps"])))
     study = agents.study(env, metrics=_metrics(args), test=args.test)
     if args.parameters is None:

@@ -60,11 +60,6 @@ class Layout:
         return self if torch.device(device) == self.device else Layout(self.parts, device)
 
     @cached_property
-    def part(self) -> Tensor:
-        """[D] int64: which of the parts each parameter belongs to."""
-        return self._repeated(torch.arange(len(self.parts)))
-
-    @cached_property
     def depth(self) -> Tensor:
         """[D] float32: from 0 in the first layer of a network to 1 in its last."""
         return self._repeated(torch.tensor([part.depth for part in self.parts]))

@@ -78,12 +78,16 @@ class Coordinatewise(UpdateRule):
         if self.stops_gradient:
             grad, theta = grad.detach(), theta.detach()  # stop: as the papers do
         said, after = self.learned(grad, state, theta, context or StepContext())
-        step = -learning_rate * said
-        for rule in self._nominal:
-            own = {k.removeprefix("nominal/"): v for k, v in state.items() if k.startswith("nominal/")}
-            nominal, moved = rule.update(grad, own, theta, learning_rate)
-            step, after = step + nominal, after | {f"nominal/{k}": v for k, v in moved.items()}
-        return step, after
+        step, nominal = -learning_rate * said, self.by_hand(grad, state, theta, learning_rate)
+        return (step, after) if nominal is None else (step + nominal[0], after | nominal[1])
+
+    def by_hand(self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar) -> tuple[Tensor, Tree] | None:
+        """The nominal rule's step and its new state; None where there is none."""
+        if not self._nominal:
+            return None
+        own = {k.removeprefix("nominal/"): v for k, v in state.items() if k.startswith("nominal/")}
+        step, moved = self._nominal[0].update(grad, own, theta, learning_rate)
+        return step, {f"nominal/{k}": v for k, v in moved.items()}
 
 
 def tanh(x: Tensor) -> Tensor:

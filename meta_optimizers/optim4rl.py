@@ -84,12 +84,10 @@ class Optim4RL(Coordinatewise):
     def update(
         self, grad: Tensor, state: Tree, theta: Tensor, learning_rate: Scalar, context: StepContext | None = None
     ) -> tuple[Tensor, Tree]:
-        if not self._nominal:
-            return super().update(grad, state, theta, learning_rate, context)
         if self.stops_gradient:
             grad, theta = grad.detach(), theta.detach()  # stop: as in the paper
-        (rule,) = self._nominal
-        own = {k.removeprefix("nominal/"): v for k, v in state.items() if k.startswith("nominal/")}
-        step, moved = rule.update(grad, own, theta, learning_rate)
+        nominal = self.by_hand(grad, state, theta, learning_rate)
+        if nominal is None:
+            return super().update(grad, state, theta, learning_rate, context)
         log_m, log_v, after = self.logs(grad, state)
-        return step * (log_m - log_v / 2).exp(), after | {f"nominal/{k}": v for k, v in moved.items()}
+        return nominal[0] * (log_m - log_v / 2).exp(), after | nominal[1]

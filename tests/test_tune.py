@@ -557,6 +557,12 @@ def test_each_folder_has_the_scores_of_the_best_trial(say, tmp_path):
     assert [[*each.rows()] for each in scores[0]] == [[*each.rows()] for each in scores[1]]
 
 
+def test_a_file_with_a_learned_optimizer_is_refused(refused, tmp_path):
+    (tmp_path / "l2l.toml").write_text('optimizer = "l2l"\n')
+    said = refused("tune", "ppo", "--env", "bandit/bernoulli-10", "--config", "l2l.toml")
+    assert "l2l.toml has the optimizer 'l2l', which a study of ppo does not plug in: leave it out" in said
+
+
 def test_a_file_of_another_objective_is_refused(refused, tmp_path):
     (tmp_path / "dpo.toml").write_text('objective = "dpo"\n')
     said = refused("tune", "ppo", "--env", "bandit/bernoulli-10", "--config", "dpo.toml")

@@ -208,13 +208,14 @@ def test_a_rule_is_told_layers_activity_and_how_much_is_over():
     assert [c.progress for c in told[::6]] == pytest.approx([0, 1 / 3, 2 / 3, 1])
     assert [c.epoch for c in told[:6]] == [0, 0, 0.5, 0.5, 1, 1]
 
-    names = {part.name: i for i, part in enumerate(told[0].layout.parts)}
-    of = lambda x, name: x[..., told[0].layout.part == names[name]]  # noqa: E731
+    layout = told[0].layout
+    names = [part.name for part in layout.parts]
+    of = lambda x, name: x.split(layout.sizes, -1)[names.index(name)]  # noqa: E731
     layers = {"mlp_extractor.policy_net.0": 0, "mlp_extractor.policy_net.2": 0.5, "action_net": 1}
     values = {"mlp_extractor.value_net.0": 0, "mlp_extractor.value_net.2": 0.5, "value_net": 1}
     for name, depth in (layers | values).items():
-        assert of(told[0].layout.depth, f"{name}.weight").unique().tolist() == [depth]
-        assert of(told[0].layout.critic, f"{name}.weight").unique().tolist() == [name in values]
+        assert of(layout.depth, f"{name}.weight").unique().tolist() == [depth]
+        assert of(layout.critic, f"{name}.weight").unique().tolist() == [name in values]
     active = of(told[0].activity, "mlp_extractor.policy_net.2.bias")[0]
     assert active[3] == 0 and (active[[0, 1, 2, 4, 5, 6, 7]] > 0).all()
     active = of(told[0].activity, "mlp_extractor.value_net.2.bias")[0]

@@ -58,6 +58,8 @@ class Evaluate:
     updates: int | None = None
     """agent updates of the learned method in a lifetime; default: as in meta-training. Others get as many environment
     steps"""
+    n_envs: int | None = None
+    """parallel copies of the environment in each lifetime; default: as in meta-training"""
     trials: int = 48
     """Optuna trials for each method that is tuned; 0: default settings"""
     tune_learned: bool = True
@@ -78,7 +80,7 @@ class Evaluate:
     """torch device"""
 
     def __post_init__(self) -> None:
-        names = ("tasks", "seeds", "updates", "tuning_tasks", "checkpoints", "episodes")
+        names = ("tasks", "seeds", "updates", "n_envs", "tuning_tasks", "checkpoints", "episodes")
         at_least(1, **{name: getattr(self, name) for name in names})
         at_least(0, trials=self.trials, seed=self.seed)
         usable_device(self.device)
@@ -128,6 +130,7 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
     updates = args.updates or _default_updates(learned)
     names = args.baselines if args.baselines is not None else BASELINES_OF[learned.slot]
     config = _suited(learned, family)
+    config = dataclasses.replace(config, n_envs=args.n_envs or config.n_envs)
     first = Method(learned.name, config, {learned.slot: learned}, {learned.slot: str(path)}, updates, args.tune_learned)
     chosen = [dataclasses.replace(first, around=isinstance(learned, UpdateRule))]
     for name in dict.fromkeys(listed(names) if names else []):

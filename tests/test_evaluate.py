@@ -253,6 +253,15 @@ def test_what_is_compared_is_what_the_tuned_files_say(tmp_path, file, monkeypatc
     assert read_json(tmp_path / "trained" / CONFIG)["config"] == plain(found.config)
 
 
+def test_lifetimes_may_have_more_copies_than_in_meta_training(tmp_path, file):
+    learned = optimizer_file(tmp_path / "o.safetensors", "optim4rl", 0.02)
+    for path, baselines in ((file, "a2c,untrained"), (learned, "adam,untrained")):
+        out = tmp_path / path.stem
+        evaluate(path, dataclasses.replace(SMALL, baselines=baselines, n_envs=5, trials=0, out=out), ["evaluate"])
+        for each in read_scores(out / SCORES):
+            assert each.returns.steps[-1] == 4 * 5 * AGENT.n_steps
+
+
 def test_without_trials_nothing_is_tuned(tmp_path, file):
     for i, changes in enumerate(({"trials": 0}, {"baselines": "", "tune_learned": False})):
         out = tmp_path / str(i)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from learned_rl import Hyper, UserError
 from learned_rl.adapters.common import find, headless
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Context, Reward, UpdateRule
 from learned_rl.distributions import Categorical
 from learned_rl.rule_optimizer import RuleOptimizer, trained_rate

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from experiments.benchmarks import (
     DEFAULT_OUT,
+    disco,
     estimators,
     gpu,
     grid,
@@ -68,6 +69,7 @@ GROUPS: dict[str, Group] = {
     "estimators": Group(estimators.measure, "long windows: the rematerialised meta-gradient beside the plain unroll"),
     "self-tuning": Group(self_tuning.measure, "numbers learned online beside the same algorithm without"),
     "optimizers": Group(optimizers.measure, "a step of learned optimizers beside torch's Adam"),
+    "disco": Group(disco.measure, "learner steps and meta-steps of Disco103"),
     "scaling": Group(scaling.measure, "meta-training by two processes over that by one"),
     "gpu": Group(gpu.measure, "lpg and grid on a CUDA device"),
     "learning": Group(

@@ -31,6 +31,7 @@ USAGE = """learned-rl: meta-learn the parts of a reinforcement-learning algorith
   learned-rl pbt ALGORITHM          population based training: a schedule in place of constants
   learned-rl evaluate FILE          a component beside tuned baselines on held-out tasks
   learned-rl report RUN...          tables and figures of finished runs, as one HTML page
+  learned-rl convert KIND FILE      weights that others published, as a component file
   learned-rl show FILE              what a component is, what it was trained on, a picture of what it learned
   learned-rl list                   recipes, task families, components
   learned-rl bench [GROUP...]       speed and memory, beside peers
@@ -138,6 +139,25 @@ def _report(words: list[str], command: list[str]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convert:
+    """Weights that others published, as a component file for every slot and command."""
+
+    kind: tyro.conf.Positional[str]
+    """whose they are: disco103"""
+    file: tyro.conf.Positional[Path]
+    """your download of them"""
+    out: Path | None = None
+    """the component file; default: KIND.safetensors here"""
+
+
+def _convert(words: list[str], command: list[str]) -> None:
+    from experiments.convert import convert
+
+    args = parse(Convert, "convert", words)
+    print(f"component: {convert(args.kind, args.file, args.out)}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Show:
     """What a component is, what it was trained on, and a picture of what it learned."""
 
@@ -192,6 +212,7 @@ COMMANDS: dict[str, Callable[[list[str], list[str]], None]] = {
     "pbt": _pbt,
     "evaluate": _evaluate,
     "report": _report,
+    "convert": _convert,
     "show": _show,
     "list": _list,
     "bench": _bench,

@@ -6,6 +6,7 @@ rollouts, or how its loss bends as the policy moves.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -19,12 +20,15 @@ from rich.table import Table
 from experiments.figures import COLOURS, save_figure
 from experiments.recipes import online_recipes, recipes
 from learned_rl import artifacts
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Component, Context, Hyper, UpdateRule
 from learned_rl.defaults import PPOClip
+from learned_rl.distributions import Categorical
 from learned_rl.registry import components, families
 from learned_rl.trajectory import Trajectory
 from learned_rl.update_rules import SGD, Adam
 from meta_optimizers.meta_sgd import MetaSGD
+from objectives.disco import Disco
 from objectives.dpo import DPO
 from objectives.lirpg import LIRPG
 from objectives.lpg import LPG
@@ -42,6 +46,8 @@ def show(file: str, out: Path | None) -> Path | None:
     _describe(component)
     if isinstance(component, LPG):
         figure = _lpg_figure(component)
+    elif isinstance(component, Disco):
+        figure = _disco_figure(component)
     elif isinstance(component, PPOClip):
         figure = _surrogate_figure(component)
     elif isinstance(component, LIRPG) and hasattr(component, "table"):
@@ -119,6 +125,94 @@ def _lpg_figure(net: LPG) -> Figure:
     prediction.axvline(paid, color="0.8", zorder=0)
     _label(prediction, "step of the rollout", "total variation from no reward", "Shift of the prediction's target")
     return figure
+
+
+# --- Disco: what it tells agents that know nothing -------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _told(disco: Disco, reward: torch.Tensor, done: torch.Tensor, gap: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Targets of probe rollouts `[T, B]`: log pi_hat of the action taken, y_hat and z_hat as distributions.
+
+    Agents are uniform over two actions and predictions, in the middle of a life in which advantages had a scale of 1.
+
+    Args:
+        gap: [T, B] Q of the action taken, and minus that of the other one.
+    """
+    dtype, B = disco.scale.weight.dtype, reward.shape[1]
+    q = torch.stack([gap, -gap], -1).to(dtype)[:, None]
+    q = torch.cat([q, torch.zeros_like(q[:1])])
+    lead, K = q.shape[:3], disco.config.predictions
+    said = AgentOutput(
+        Categorical(q.new_zeros(*lead, 2)),
+        None,
+        {
+            "y": q.new_zeros(*lead, K),
+            "z": q.new_zeros(*lead, 2, K),
+            "next_policy": q.new_zeros(*lead, 2, 2),
+            "q": (disco.value.two_hot(q) + 1e-12).log(),
+        },
+    )
+    zeros, end = torch.zeros(len(reward), 1, B, dtype=torch.int64), done[:, None]
+    rollout = Trajectory(zeros, zeros, zeros.to(dtype), reward.to(dtype)[:, None], end, torch.zeros_like(end))
+    memory = {k: v.to(dtype) for k, v in disco.initial_memory(1).items()}
+    memory |= {
+        f"{k}_{n}": torch.tensor([[x]], dtype=dtype) for k in ("advantage", "error") for n, x in _SETTLED.items()
+    }
+    context = Context(torch.full((1,), 50.0), torch.full((1,), 100.0), memory)
+    hyper = disco.settings(tabular=False)["hyper"]
+    batch, _ = disco.prepare(rollout, dataclasses.replace(said, target=said), None, hyper, context)
+    distributions = {k: batch[k][:, 0].softmax(-1) for k in ("y_hat", "z_hat")}
+    return distributions | {"log_pi": Categorical(batch["pi_hat"]).log_prob(zeros)[:, 0]}
+
+
+_SETTLED = {"first": 0.0, "second": 1.0, "decay": 0.0}
+
+
+@torch.no_grad()
+def _disco_figure(disco: Disco) -> Figure:
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    strength, credit, prediction = figure.subplots(1, 3)
+    paid, steps = 12, np.arange(T)
+    gaps = torch.linspace(-3, 3, 61)
+    grid = torch.zeros(T, 61)
+    grid[paid] = gaps
+    none, uniform = torch.zeros(T, 61), np.log(0.5)
+    said = _told(disco, none, none.bool(), grid)["log_pi"][paid] - uniform
+    strength.plot(gaps, said, color=COLOURS[2], label=disco.name)
+    for i, objective in enumerate((PPOClip(), DPO())):
+        strength.plot(gaps, _reach(objective, gaps), color=COLOURS[i], label=f"{objective.name}, where it lets go")
+    strength.set_ylim(-2.0, 2.0)
+    _label(strength, "advantage of the action taken (Q − V)", "shift of log π(a|s)", "Target of the policy")
+
+    reward, done = torch.zeros(T, 5), torch.zeros(T, 5, dtype=torch.bool)
+    reward[paid, :3] = torch.tensor([1.0, -1.0, 1.0])
+    done[6, [2, 4]] = True
+    told, unpaid = _told(disco, reward, done, torch.zeros(T, 5)), [3, 3, 4]
+    labels = ("reward +1 at step 12", "reward −1 at step 12", "+1, episode ends at step 6")
+    moved = {k: (told[k][:, :3] - told[k][:, unpaid]).abs().sum(-1) / 2 for k in ("y_hat", "z_hat")}
+    for i, label in enumerate(labels):
+        style = {"color": COLOURS[i], "linestyle": "--" if i == 2 else "-"}
+        credit.plot(steps, (told["log_pi"][:, i] - told["log_pi"][:, unpaid[i]]), marker=".", label=label, **style)
+        prediction.plot(steps, moved["y_hat"][:, i], marker=".", label=f"y: {label}", **style)
+        prediction.plot(steps, moved["z_hat"][:, i], marker="x", label=f"z: {label}", **style)
+    for ax in (credit, prediction):
+        ax.axvline(paid, color="0.8", zorder=0)
+    _label(credit, "step of the rollout", "shift of log π̂, beyond no reward", "Credit of one reward")
+    _label(prediction, "step of the rollout", "total variation from no reward", "Shift of the predictions' targets")
+    return figure
+
+
+def _reach(objective: PPOClip, advantages: torch.Tensor) -> torch.Tensor:
+    """Log of the probability ratio at which the slope of a surrogate has fallen to a tenth of what it was at 1."""
+    log_ratio = torch.linspace(0, 2, 401)[:, None] * advantages.sign()
+    ratio = log_ratio.exp().requires_grad_()
+    with torch.enable_grad():
+        gain = -objective.policy_loss(ratio, ratio.log(), advantages.expand_as(ratio), Hyper())
+        (slope,) = torch.autograd.grad(gain.sum(), ratio)
+    far = slope.abs() <= 0.1 * advantages.abs()
+    first = torch.where(far.any(0), far.float().argmax(0), len(far) - 1)
+    return log_ratio.gather(0, first[None])[0]
 
 
 # --- surrogates: the loss as a function of the ratio -----------------------------------------------------------------

@@ -10,21 +10,21 @@ matrix products. A component may ask for extra heads; they appear in `AgentOutpu
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import gymnasium
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Discrete
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import conv2d, embedding
 
+from learned_rl.action_conditional import ActionConditionalAgent
 from learned_rl.activations import ACTIVATIONS, Activation
-from learned_rl.distributions import Categorical, ClippedGaussian, Distribution, SquashedGaussian
+from learned_rl.architecture import CONDITION, Agent, AgentOutput, Heads, PolicyHead, Weights, linear
 from learned_rl.layout import Layout, Part, dormancy
 from learned_rl.spaces import Choice, searched
 from learned_rl.types import UserError
@@ -32,113 +32,16 @@ from learned_rl.types import UserError
 if TYPE_CHECKING:
     from learned_rl.component import Hyper
 
-Weights = Mapping[str, Tensor]
-CONDITION = "condition"  # the weight that holds the numbers which a network is told: the last of them
-EMBEDDING = 16  # units of their embedding
-
-
-@dataclass(frozen=True)
-class AgentOutput:
-    """What an agent says about a batch of observations with leading axes `[...]`, usually [T, P, B] or [P, B].
-
-    Attributes:
-        policy: action distribution.
-        value:  [...] V(obs), or None where the agent was asked for the policy alone or has no value head.
-        heads:  name -> [..., size] of the extra heads.
-        units:  layer -> [..., H] what its units said, of an agent that is watched.
-    """
-
-    policy: Distribution
-    value: Tensor | None = None
-    heads: dict[str, Tensor] = field(default_factory=dict)
-    units: dict[str, Tensor] = field(default_factory=dict)
-
-    def map(self, f: Callable[[Tensor], Tensor]) -> AgentOutput:
-        """The same output with `f` applied to each tensor (to slice rows, reshape or detach)."""
-        value = None if self.value is None else f(self.value)
-        heads, units = ({k: f(v) for k, v in named.items()} for named in (self.heads, self.units))
-        return AgentOutput(self.policy.map(f), value, heads, units)
-
-    def detach(self) -> AgentOutput:
-        """Values only; the caller says why."""
-        return self.map(torch.Tensor.detach)  # stop: as asked
-
-
-class PolicyHead:
-    """How many numbers the policy needs, and the distribution that they parametrise; none at all for `space=None`."""
-
-    def __init__(self, space: gymnasium.Space | None, gaussian: Literal["squashed", "clipped"] = "squashed") -> None:
-        if space is None:
-            self.size, self.continuous = 0, False
-        elif isinstance(space, Discrete):
-            self.size, self.continuous = int(space.n), False
-        elif isinstance(space, Box) and len(space.shape) == 1:
-            self.size, self.continuous = space.shape[0], True
-            self.low, self.high = torch.as_tensor(space.low), torch.as_tensor(space.high)
-            if gaussian == "squashed" and not bool(torch.isfinite(self.high - self.low).all()):
-                raise UserError("A squashed Gaussian needs finite action bounds; this space has none: use 'clipped'.")
-            self.kind = SquashedGaussian if gaussian == "squashed" else ClippedGaussian
-        else:
-            raise UserError(f"Action space {space} is not supported: expected Discrete or a one-dimensional Box.")
-
-    def __call__(self, numbers: Tensor, log_std: Tensor | None) -> Distribution:
-        if not self.continuous:
-            return Categorical(numbers)
-        assert log_std is not None
-        low, high = (x.to(numbers) for x in (self.low, self.high))
-        return self.kind(numbers, log_std.expand(numbers.shape), low, high)
-
-
-class Agent(ABC):
-    """An architecture without weights.
-
-    Attributes:
-        shapes: name -> shape of one agent's weights, in the order in which a row of theta holds them.
-        policy: the policy head.
-        heads:  name -> size of the extra heads.
-        value:  whether there is a value head.
-        conditions: names of the numbers of the update that the network is told; its weight "condition" holds them.
-        obs_dim: number of axes of one observation, by which [P, B, ...] is told from [T, P, B, ...].
-        watched: whether outputs tell what the units of its layers said, for update rules that ask.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    conditions: tuple[str, ...] = ()
-    watched: bool = False
-
-    def __init__(self, policy: PolicyHead, heads: Mapping[str, int], value: bool, obs_dim: int) -> None:
-        self.policy, self.heads, self.value, self.obs_dim = policy, dict(heads), value, obs_dim
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers in order: a weight and its bias are one."""
-        return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.shapes if name != CONDITION))
-
-    @property
-    def layout(self) -> Layout:
-        """Of one agent's row of theta."""
-        return Layout.of(self.shapes)
-
-    @abstractmethod
-    def initial(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Fresh weights of one agent, float32."""
-
-    @abstractmethod
-    def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
-        """Outputs [P, n, ...] from weights [P, ...] and observations [P, n, ...]."""
-
-    def _output(self, w: Weights, numbers: Tensor, value: Tensor | None, heads: dict[str, Tensor]) -> AgentOutput:
-        log_std = w["log_std"][:, None] if self.policy.continuous else None
-        return AgentOutput(self.policy(numbers, log_std), value, heads)
+EMBEDDING = 16  # units of the embedding of numbers that a network is told
 
 
 class TabularAgent(Agent):
     """One row of numbers per state: logits, then the extra heads, then the value; all zero at first."""
 
-    def __init__(self, states: int, policy: PolicyHead, heads: Mapping[str, int], value: bool) -> None:
+    def __init__(self, states: int, policy: PolicyHead, heads: Heads, value: bool) -> None:
         super().__init__(policy, heads, value, obs_dim=0)
         self.states = states
-        self.columns = [policy.size, *self.heads.values(), *([1] if value else [])]
+        self.columns = [policy.size, *self.head_sizes.values(), *([1] if value else [])]
         self.shapes = {"table": (states, sum(self.columns))}
         if policy.continuous:
             self.shapes["log_std"] = (policy.size,)
@@ -152,11 +55,6 @@ class TabularAgent(Agent):
         numbers, *rest = embedding(obs + offset, w["table"].reshape(P * self.states, -1)).split(self.columns, -1)
         value = rest.pop().squeeze(-1) if self.value else None
         return self._output(w, numbers, value, dict(zip(self.heads, rest, strict=True)))
-
-
-def _linear(w: Weights, name: str, x: Tensor) -> Tensor:
-    """[P, n, in] -> [P, n, out] with each agent's own weights."""
-    return torch.baddbmm(w[f"{name}.bias"].unsqueeze(1), x, w[f"{name}.weight"])
 
 
 def _orthogonal(rows: int, columns: int, gain: float, generator: torch.Generator) -> Tensor:
@@ -181,7 +79,7 @@ class MLPAgent(Agent):
         self,
         shape: Sequence[int],
         policy: PolicyHead,
-        heads: Mapping[str, int],
+        heads: Heads,
         value: bool,
         hidden: Sequence[int] = (64, 64),
         activation: Activation = "tanh",
@@ -200,7 +98,7 @@ class MLPAgent(Agent):
             for i in range(self.depth):
                 self.linear[f"{trunk}{i}"] = (sizes[i], sizes[i + 1], math.sqrt(2))
         self.linear["policy"] = (sizes[-1], policy.size, 0.01)
-        self.linear |= {f"head_{k}": (sizes[-1], size, 0.01) for k, size in self.heads.items()}
+        self.linear |= {f"head_{k}": (sizes[-1], size, 0.01) for k, size in self.head_sizes.items()}
         if value:
             self.linear["value"] = (sizes[-1], 1, 1.0)
         self.shapes = {}
@@ -243,17 +141,17 @@ class MLPAgent(Agent):
     def _from_features(self, w: Weights, features: Tensor, policy_only: bool, units: dict[str, Tensor]) -> AgentOutput:
         if self.conditions:
             told = w[CONDITION].detach().unsqueeze(1)  # stop: it is told, not learned
-            embedded = _linear(w, "embedding", told).expand(-1, features.shape[1], -1)
+            embedded = linear(w, "embedding", told).expand(-1, features.shape[1], -1)
             features = torch.cat([features, embedded], -1)
         x = self._trunk(w, "trunk", features, units)
-        numbers = _linear(w, "policy", x)
+        numbers = linear(w, "policy", x)
         if policy_only:
             return self._output(w, numbers, None, {})
         value = None
         if self.value:
             y = x if self.shared else self._trunk(w, "value_trunk", features, units)
-            value = _linear(w, "value", y)
-        heads = {k: _linear(w, f"head_{k}", x) for k in self.heads}
+            value = linear(w, "value", y)
+        heads = {k: linear(w, f"head_{k}", x) for k in self.heads}
         units |= {"policy": numbers} | {f"head_{k}": v for k, v in heads.items()}
         if value is not None:
             units["value"] = value
@@ -265,7 +163,7 @@ class MLPAgent(Agent):
 
     def _trunk(self, w: Weights, trunk: str, x: Tensor, units: dict[str, Tensor]) -> Tensor:
         for i in range(self.depth):
-            x = units[f"{trunk}{i}"] = self.activation(_linear(w, f"{trunk}{i}", x))
+            x = units[f"{trunk}{i}"] = self.activation(linear(w, f"{trunk}{i}", x))
         return x
 
 
@@ -279,7 +177,7 @@ class ConvAgent(MLPAgent):
         self,
         planes: tuple[int, int, int],
         policy: PolicyHead,
-        heads: Mapping[str, int],
+        heads: Heads,
         value: bool,
         channels: int = 16,
         hidden: Sequence[int] = (128,),
@@ -321,7 +219,7 @@ class ModuleAgent(Agent):
 
     Args:
         module: maps observations `[n, ...]` to a dictionary with "policy" `[n, policy.size]`, "value" `[n]` or
-                `[n, 1]`, and one entry per extra head. Buffers are shared by all agents and not updated.
+                `[n, 1]`, and one entry `[n, *shape]` per extra head. Buffers are shared by all agents and not updated.
         initialise: draws fresh parameters in place; default: every submodule's `reset_parameters`.
     """
 
@@ -330,7 +228,7 @@ class ModuleAgent(Agent):
         module: nn.Module,
         policy: PolicyHead,
         obs_dim: int,
-        heads: Mapping[str, int] | None = None,
+        heads: Heads | None = None,
         value: bool = True,
         initialise: Callable[[nn.Module], None] | None = None,
     ) -> None:
@@ -366,7 +264,7 @@ def _reset_parameters(module: nn.Module) -> None:
 class AgentConfig:
     """Which architecture, and how large."""
 
-    kind: Literal["auto", "tabular", "mlp", "conv"] = "auto"
+    kind: Literal["auto", "tabular", "mlp", "conv", "action_conditional"] = "auto"
     """architecture; auto takes tabular for Discrete observations, conv for planes [C, H, W], else mlp"""
     hidden: tuple[int, ...] = field(
         default=(64, 64), metadata=searched(Choice((32,), (32, 32), (64, 64), (128, 128), (256, 256)))
@@ -380,13 +278,17 @@ class AgentConfig:
     """one trunk for policy and value (mlp)"""
     gaussian: Literal["squashed", "clipped"] = "squashed"
     """continuous actions: Gaussian squashed by tanh, or clipped at the bounds"""
+    model: int = 128
+    """units of the model that looks one action ahead (action_conditional)"""
+    head_hidden: tuple[int, ...] = (128,)
+    """widths of the hidden layers of its heads, in units (action_conditional)"""
 
 
 def make_agent(
     config: AgentConfig,
     observation_space: gymnasium.Space,
     action_space: gymnasium.Space | None,
-    heads: Mapping[str, int] | None = None,
+    heads: Heads | None = None,
     value: bool = True,
     conditions: tuple[str, ...] = (),
 ) -> Agent:
@@ -401,11 +303,17 @@ def make_agent(
     policy, heads = PolicyHead(action_space, config.gaussian), heads or {}
     shape, kind = observation_space.shape, config.kind
     discrete = isinstance(observation_space, Discrete)
+    if kind == "action_conditional" and shape is not None:
+        if conditions:
+            raise UserError(f"An 'action_conditional' agent cannot be told {', '.join(conditions)}: try kind='mlp'.")
+        inputs = int(observation_space.n) if isinstance(observation_space, Discrete) else math.prod(shape)
+        sizes = config.hidden, config.activation, config.model, config.head_hidden
+        return ActionConditionalAgent(inputs, len(shape), policy, heads, value, *sizes)
     planes = not discrete and shape is not None and len(shape) == 3
     if kind == "auto":
         kind = "tabular" if discrete else "conv" if planes and shape is not None and min(shape[1:]) >= 3 else "mlp"
     if (kind == "tabular") != discrete or (kind == "conv" and not planes) or shape is None:
-        raise UserError(f"A {kind!r} agent does not take observations of {observation_space}: try kind='auto'.")
+        raise UserError(f"An agent of kind {kind!r} does not take observations of {observation_space}: try 'auto'.")
     if isinstance(observation_space, Discrete):
         if conditions:
             raise UserError(

@@ -23,7 +23,7 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput, Heads
 from learned_rl.layout import Layout, StepContext
 from learned_rl.spaces import LogOneMinus, LogUniform, searched
 from learned_rl.trajectory import Trajectory
@@ -168,8 +168,9 @@ class Component(nn.Module):
         """What a fresh lifetime carries: name -> [P, ...]; restarts with it."""
         return {}
 
-    def heads(self, action_space: gymnasium.Space) -> dict[str, int]:
-        """Extra heads that the agents must have: name -> size."""
+    def heads(self, action_space: gymnasium.Space) -> Heads:
+        """Extra heads that the agents must have: name -> size, or shape. One that begins with the number of actions
+        speaks of each action."""
         return {}
 
 
@@ -197,6 +198,9 @@ class Objective(Component):
     regularisers: ClassVar[tuple[str, ...]] = ()
     #: names of numbers that it reads but by which its gradient has no derivative
     insensitive: tuple[str, ...] = ()
+    #: share of the present parameters in those of a target network, at each update; None: there is none. What it says
+    #: is `out.target` in `prepare`, which reads it before it moves
+    target_rate: float | None = None
     #: whether the outer gradient passes through what `prepare` reads from `out` (else `prepare` detaches it)
     differentiates_inputs: bool = False
 
@@ -236,8 +240,9 @@ class Objective(Component):
             metrics: name -> [P], detached.
         """
 
-    def agent_regularisers(self, out: AgentOutput) -> Metrics:
-        """Terms [P] on what agents became, `out` [T, P, B], that meta-training may add to its loss; by name."""
+    def agent_regularisers(self, out: AgentOutput, action: Tensor) -> Metrics:
+        """Terms [P] that meta-training may add to its loss, by name: on what agents became, `out` [T, P, B], and the
+        actions taken."""
         return {}
 
     def target_regularisers(self, batch: Batch) -> Metrics:
@@ -282,7 +287,7 @@ class Auxiliary(Component):
 
         Args:
             out:        [T+1, P, B] outputs at the parameters that acted.
-            next_heads: name -> [T, P, B, size], what its heads say of the state each step led to.
+            next_heads: name -> [T, P, B, *shape], what its heads say of the state each step led to.
         """
 
     @abstractmethod

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import trim_mean
 from torch import Tensor
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.lifetimes import Lifetimes, rollout
 from learned_rl.ppo import Algorithm
 from learned_rl.tasks.base import Split, TaskFamily

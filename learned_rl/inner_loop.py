@@ -21,7 +21,8 @@ import torch
 from higher.optim import DifferentiableOptimizer
 from torch import Tensor
 
-from learned_rl.agents import AgentOutput, Population
+from learned_rl.agents import Population
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Hyper, UpdateRule, finite, shield
 from learned_rl.layout import StepContext
 from learned_rl.rule_optimizer import RuleOptimizer

@@ -7,6 +7,7 @@ another draws. `state_dict` holds everything that the next update depends on.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learned_rl.agents import AgentOutput, Population
+from learned_rl.agents import Population
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Context, Hyper
-from learned_rl.distributions import Distribution, stack
+from learned_rl.distributions import Categorical, Distribution, stack
 from learned_rl.inner_loop import GraphInner, Inner, PlainInner
 from learned_rl.ppo import Algorithm, UpdateRecord
+from learned_rl.replay import Replay
 from learned_rl.streams import Streams
 from learned_rl.tasks.base import LifetimeEnv, Split, TaskFamily
 from learned_rl.trajectory import Trajectory
@@ -62,16 +65,17 @@ def rollout(
         terminations.append(terminated)
         truncations.append(truncated)
         finals.append(info["final_obs"])
-    action = torch.stack(actions)
+    action, acted = torch.stack(actions), stack(policies)
     truncated = torch.stack(truncations).unflatten(1, lead)
     return Trajectory(
         obs=torch.stack(seen),
         action=action,
-        log_prob=stack(policies).log_prob(action),
+        log_prob=acted.log_prob(action),
         reward=torch.stack(rewards).unflatten(1, lead),
         terminated=torch.stack(terminations).unflatten(1, lead),
         truncated=truncated,
         final_obs=torch.stack(finals).unflatten(1, lead) if bool(truncated.any()) else None,
+        logits=acted.logits if isinstance(acted, Categorical) else None,
     )
 
 
@@ -163,7 +167,6 @@ class Lifetimes:
         self.population = Population(agent, lifetimes, dtype).to(device)
         # stop: initial state
         self.optimizer_state = algorithm.slots.optimizer.initial_state(self.population.theta.detach())
-        self.memory = {k: v.to(device) for k, v in algorithm.initial_memory(lifetimes).items()}
         self.age = torch.zeros(lifetimes, device=device)
         self.horizon = torch.zeros(lifetimes, device=device)
         self.horizon_range = horizon if isinstance(horizon, tuple) else (horizon, horizon)
@@ -176,9 +179,13 @@ class Lifetimes:
         self.env = family.make(tasks, algorithm.config.n_envs, env_seed, device, **shared)
         self.obs = self._shaped(self.env.reset(seed=env_seed)[0])
         self.earned = torch.zeros(lifetimes, dtype=torch.float64, device=device)
-        self.episodes = EpisodeTracker(lifetimes, algorithm.config.n_envs, device, dtype)
+        c = algorithm.config
+        self.episodes = EpisodeTracker(lifetimes, c.n_envs, device, dtype)
+        self.ended = torch.zeros(lifetimes, c.n_envs, dtype=torch.bool, device=device)  # by the step before `obs`
+        self.replay = Replay(c.replay_capacity, c.replay_batch, lifetimes, device) if c.replay_capacity else None
         for p in range(lifetimes):
             self._fresh_agent(p)
+        self.memory = self._fresh_memory()
 
     def __len__(self) -> int:
         return len(self.population.theta)
@@ -198,7 +205,9 @@ class Lifetimes:
         policy = self.population.bind(inner.theta.detach(), policy_only=True)  # stop: acting makes data
         steps = steps or self.algorithm.config.n_steps
         trajectory = rollout(policy, self.env, self.obs, steps, self.generator, streams=self.streams)
-        self.obs = trajectory.obs[-1]
+        done = trajectory.done
+        trajectory = dataclasses.replace(trajectory, follows=torch.cat([self.ended[None], done[:-1]]))
+        self.obs, self.ended = trajectory.obs[-1], done[-1]
         self.earned = self.earned + trajectory.reward.double().sum((0, 2))
         return trajectory if self.dtype == torch.float32 else _cast(trajectory, self.dtype)
 
@@ -207,18 +216,26 @@ class Lifetimes:
         return int(torch.randint(2**31, (), generator=self._shuffles))
 
     def advance(self, inner: Inner, trajectory: Trajectory | None = None) -> tuple[UpdateRecord, Episodes]:
-        """One agent update of every lifetime, on fresh experience unless some is given."""
-        fresh = trajectory is None
-        trajectory = self.collect(inner) if trajectory is None else trajectory
+        """One agent update of every lifetime, on fresh experience, or on what its replay draws, unless some is given.
+
+        Until its replay holds as much as it draws, a lifetime only collects.
+        """
+        fresh, ended, active = trajectory is None, Episodes(*[torch.zeros_like(self.age)] * 3), None
+        if trajectory is None:
+            trajectory = self.collect(inner)
+            ended = self.episodes(trajectory)
+        if fresh and self.replay is not None:
+            self.replay.push(trajectory)
+            trajectory, active = self.replay.sample(self.generator, self.streams), self.replay.ready
         context = Context(self.age, self.horizon, self.memory)
         generator = torch.Generator(self.device).manual_seed(self.shuffle())
-        record = self.algorithm.update(inner, trajectory, context, self.hyper, generator, self.streams)
+        record = self.algorithm.update(inner, trajectory, context, self.hyper, generator, self.streams, active)
         self.memory = record.memory
         if not inner.graph:
             self.optimizer_state = inner.state
             self.memory = {k: v.detach() for k, v in self.memory.items()}  # stop: nobody looks back
         self.age = self.age + 1
-        return record, self.episodes(trajectory) if fresh else Episodes(*[torch.zeros_like(self.age)] * 3)
+        return record, ended
 
     @torch.no_grad()
     def commit(self, inner: GraphInner) -> None:
@@ -250,13 +267,16 @@ class Lifetimes:
         tasks = present if self.fixed_tasks or not len(index) else self._draw_tasks(index.tolist())
         obs = self.env.set_tasks(index, tasks)
         self.obs = torch.where(_rows(which, self.obs), self._shaped(obs), self.obs)
-        fresh_memory = {k: v.to(self.device) for k, v in self.algorithm.initial_memory(len(self)).items()}
-        self.memory = {k: torch.where(_rows(which, v), fresh_memory[k], v) for k, v in self.memory.items()}
         self.age = torch.where(which, torch.zeros_like(self.age), self.age)
         self.earned = torch.where(which, torch.zeros_like(self.earned), self.earned)
+        self.ended = self.ended & ~which[:, None]
+        if self.replay is not None:
+            self.replay.reset(which)
         for p in index.tolist():
             self._fresh_agent(p)
             self.episodes.reset(p)
+        fresh_memory = self._fresh_memory()
+        self.memory = {k: torch.where(_rows(which, v), fresh_memory[k], v) for k, v in self.memory.items()}
 
     def stagger(self, multiple: int = 1) -> None:
         """Let the first lifetimes end early, one after the other, so that ages spread over the horizon for good.
@@ -283,11 +303,18 @@ class Lifetimes:
             self.optimizer_state[name] = self.optimizer_state[name].clone()
             self.optimizer_state[name][p] = value[0]
 
+    def _fresh_memory(self) -> Tree:
+        """What lifetimes would carry if all began with the present parameters."""
+        theta = self.population.theta.detach()  # stop: initial values
+        memory = self.algorithm.initial_memory(theta).items()
+        return {k: v.to(self.device, self.dtype if v.is_floating_point() else None) for k, v in memory}
+
     @torch.no_grad()
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Let the agents at `target [k]` go on as copies of those at `source [k]`, all at once.
 
-        A copy takes over weights, optimizer state, component memory, age and horizon, and the rows [P, 1] of `hyper`.
+        A copy takes over weights, optimizer state, component memory, replay, age and horizon, and the rows [P, 1] of
+        `hyper`.
         Task, environments, running episodes and random streams stay the target's own. Between updates only: a plain
         inner loop goes on from the copies, a window does not see them.
 
@@ -300,6 +327,8 @@ class Lifetimes:
         for name, value in self.optimizer_state.items():
             self.optimizer_state[name] = value[rows]
         self.memory = {k: v[rows] for k, v in self.memory.items()}
+        if self.replay is not None:
+            self.replay.copy(rows)
         self.age, self.horizon = self.age[rows], self.horizon[rows]
         self.hyper = self.hyper.replace(**{k: v[rows] for k, v in vars(self.hyper).items() if isinstance(v, Tensor)})
 
@@ -331,13 +360,14 @@ class Lifetimes:
         """
         # stop: saved values
         named = {"theta": self.population.theta.detach(), "obs": self.obs, "age": self.age, "life": self.life}
-        named |= {"earned": self.earned}
+        named |= {"earned": self.earned, "ended": self.ended}
         named |= {"horizon": self.horizon, "running": self.episodes.running, "generator": self.generator.get_state()}
         named |= {"shuffle_generator": self._shuffles.get_state()}
         named |= {f"hyper/{k}": v for k, v in vars(self.hyper).items() if isinstance(v, Tensor)}
         for prefix, tree in (
             ("optimizer", self.optimizer_state),
             ("memory", self.memory),
+            ("replay", {} if self.replay is None else self.replay.state_dict()),
             ("env", self.env.state_dict()),
         ):
             named |= {f"{prefix}/{k}": v for k, v in tree.items()}
@@ -356,7 +386,9 @@ class Lifetimes:
         self.population.theta.copy_(state["theta"])
         self.obs, self.age, self.horizon = state["obs"], state["age"], state["horizon"]
         self.life, self.episodes.running = state["life"].cpu(), state["running"]
-        self.earned = state["earned"]
+        self.earned, self.ended = state["earned"], state["ended"]
+        if self.replay is not None:
+            self.replay.load_state_dict(under("replay", state))
         self.generator.set_state(state["generator"])
         self._shuffles.set_state(state["shuffle_generator"])
         self.hyper = self.hyper.replace(**under("hyper", state))
@@ -364,6 +396,7 @@ class Lifetimes:
         begun_anew = self.env.load_state_dict(under("env", state))
         if begun_anew is not None:
             self.obs = self._shaped(begun_anew)
+            self.ended = torch.zeros_like(self.ended)
             self.episodes.running.zero_()
 
 

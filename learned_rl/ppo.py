@@ -15,7 +15,8 @@ import gymnasium
 import torch
 from torch import Tensor
 
-from learned_rl.agents import Agent, AgentConfig, AgentOutput, make_agent
+from learned_rl.agents import AgentConfig, make_agent
+from learned_rl.architecture import Agent, AgentOutput, Heads, HeadShape
 from learned_rl.component import (
     Auxiliary,
     Batch,
@@ -37,7 +38,7 @@ from learned_rl.spaces import Choice, Integers, PowersOfTwo, searched
 from learned_rl.streams import Streams, noise
 from learned_rl.trajectory import Trajectory, flatten_time
 from learned_rl.types import Tree, UserError, at_least
-from learned_rl.update_rules import RULES
+from learned_rl.update_rules import RULES, select_rows
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,18 @@ class PPOConfig:
     n_minibatches: int = field(default=4, metadata=searched(PowersOfTwo(1, 16)))
     """parts into which each pass is cut; each is one gradient step"""
     optimizer: str = field(default="adam", metadata=searched(Choice("sgd", "momentum", "rmsprop", "adam")))
-    """hand-made update rule, unless one is plugged in: sgd, momentum, rmsprop, adam"""
+    """hand-made update rule, unless one is plugged in: sgd, momentum, rmsprop, adam, clipped_adam"""
     stop_denominator: bool = False
     """treat the denominator of rmsprop and adam as a constant of the meta-gradient"""
     linear_decay: bool = field(default=False, metadata=searched(Choice(False, True)))
     """let the learning rate fall linearly to zero over the lifetime"""
     normalize_advantage: bool = field(default=True, metadata=searched(Choice(False, True)))
     """normalise the advantages of each minibatch"""
+    replay_capacity: int = 0
+    """trajectories (rollouts of one copy) that a lifetime keeps, of which each update draws some; 0: no replay, each
+    update learns from its own rollout. In plain training only"""
+    replay_batch: int = 64
+    """trajectories that an update draws from the replay, evenly and with replacement"""
     target_kl: float | None = None
     """stop a lifetime's update once its mean KL from the policy that acted exceeds this, in nats"""
     hyper: Hyper = field(default_factory=Hyper)
@@ -69,10 +75,17 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         at_least(1, n_envs=self.n_envs, n_steps=self.n_steps, n_epochs=self.n_epochs, n_minibatches=self.n_minibatches)
-        if self.n_minibatches > self.n_envs * self.n_steps:
+        at_least(0, replay_capacity=self.replay_capacity)
+        at_least(1, replay_batch=self.replay_batch)
+        if 0 < self.replay_capacity < self.replay_batch:
             raise UserError(
-                f"n_minibatches is {self.n_minibatches}, but an update has only {self.n_envs * self.n_steps} steps "
-                f"({self.n_envs} environments x {self.n_steps} steps): choose at most that many."
+                f"replay_batch is {self.replay_batch}: expected at most the replay_capacity, {self.replay_capacity}."
+            )
+        columns, what = (self.replay_batch, "trajectories") if self.replay_capacity else (self.n_envs, "environments")
+        if self.n_minibatches > columns * self.n_steps:
+            raise UserError(
+                f"n_minibatches is {self.n_minibatches}, but an update has only {columns * self.n_steps} steps "
+                f"({columns} {what} x {self.n_steps} steps): choose at most that many."
             )
         if self.optimizer not in RULES:
             raise UserError(f"optimizer is {self.optimizer!r}: expected one of {', '.join(RULES)}.")
@@ -115,7 +128,7 @@ class PPOConfig:
         """From nested plain values, as a component file or a run folder holds them (infinity as "inf")."""
         try:
             numbers = {k: None if v is None else float(v) for k, v in values["hyper"].items()}
-            agent = values["agent"] | {"hidden": tuple(values["agent"]["hidden"])}
+            agent: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["agent"].items()}
             return cls(**values | {"hyper": Hyper().replace(**numbers), "agent": AgentConfig(**agent)})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"The agent settings kept with the component do not fit this version: {error}.") from error
@@ -181,7 +194,7 @@ class UpdateRecord:
 
 
 #: Makes an architecture from observation space, action space, extra heads and whether a value is needed.
-AgentFactory = Callable[[gymnasium.Space, gymnasium.Space, dict[str, int], bool], Agent]
+AgentFactory = Callable[[gymnasium.Space, gymnasium.Space, Heads, bool], Agent]
 
 
 class Algorithm:
@@ -202,7 +215,7 @@ class Algorithm:
 
     def make_agent(self, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Agent:
         """The agent that the configuration names, with the heads that the components need."""
-        heads: dict[str, int] = {}
+        heads: dict[str, HeadShape] = {}
         for slot, component in self.slots.items():
             for name, size in component.heads(action_space).items():
                 if heads.setdefault(name, size) != size:
@@ -230,9 +243,13 @@ class Algorithm:
         self.slots.optimizer.fit_layout(agent.layout)
         return agent
 
-    def initial_memory(self, lifetimes: int) -> Tree:
-        """What P fresh lifetimes carry: "slot/name" -> [P, ...]."""
-        return {f"{s}/{k}": v for s, c in self.slots.items() for k, v in c.initial_memory(lifetimes).items()}
+    def initial_memory(self, theta: Tensor) -> Tree:
+        """What P fresh lifetimes of parameters `theta [P, D]` carry: "slot/name" -> [P, ...], and "target/theta", the
+        parameters of the target network if there is one."""
+        memory = {f"{s}/{k}": v for s, c in self.slots.items() for k, v in c.initial_memory(len(theta)).items()}
+        if self.slots.objective.target_rate is not None:
+            memory["target/theta"] = theta.clone()
+        return memory
 
     def update(
         self,
@@ -242,6 +259,7 @@ class Algorithm:
         hyper: Hyper,
         generator: torch.Generator,
         streams: Streams | None = None,
+        active: Tensor | None = None,
     ) -> UpdateRecord:
         """Move every lifetime by one update.
 
@@ -252,6 +270,7 @@ class Algorithm:
             hyper:      configured numbers, before the hyperparameter slot.
             generator:  draws the minibatches, and noise for a rule that asks.
             streams:    which stream each lifetime's noise is drawn from; None: its own.
+            active:     [P] bool, which lifetimes learn; the others stay as they are. None: all.
         """
         c, slots = self.config, self.slots
         collected = trajectory
@@ -265,6 +284,7 @@ class Algorithm:
         own, linked = _of("objective", context), inner.graph and slots.objective.differentiates_inputs
         seen = out if linked else out.detach()  # stop: targets are constants of the inner gradient
         with torch.set_grad_enabled(inner.graph):
+            seen, memory["target"] = self._beside_target(inner, trajectory, seen, context, alive)
             batch, memory["objective"] = slots.objective.prepare(trajectory, seen, next_value, hyper, own)
             own = _of("auxiliary", context)
             batch = batch | slots.auxiliary.prepare(trajectory, seen, next_heads, hyper, own)
@@ -272,7 +292,7 @@ class Algorithm:
             inner.branch()
         batch = {k: shield(v, 1) for k, v in batch.items()}
         rows = {"action": trajectory.action, "log_prob": trajectory.log_prob} | batch
-        active: Tensor | None = None
+        moving = active
         sums: list[Metrics] = []
         first = out.map(lambda x: x[:-1]) if whole and not linked else None
         for k, (part_out, part) in enumerate(self._parts(inner, trajectory, rows, first, generator)):
@@ -288,12 +308,14 @@ class Algorithm:
                         f"target_kl needs an objective that reports approx_kl; {slots.objective.name!r} does not."
                     )
                 below = metrics["approx_kl"] <= c.target_kl
-                active = below if active is None else active & below
-                if not bool(active.any()):
+                moving = below if moving is None else moving & below
+                if not bool(moving.any()):
                     break
-            inner.step(loss, hyper, active, self._step_context(inner, part_out, context, k, generator, streams))
+            inner.step(loss, hyper, moving, self._step_context(inner, part_out, context, k, generator, streams))
             sums.append(metrics)
         flat = {f"{slot}/{k}": v for slot, tree in memory.items() for k, v in tree.items()}
+        if active is not None:
+            flat = {k: select_rows(active, v, context.memory[k]) for k, v in flat.items()}
         return UpdateRecord(collected, out, batch, flat, hyper, alive, _average(sums))
 
     def _step_context(
@@ -340,6 +362,18 @@ class Algorithm:
             final = _revive(inner.agent(trajectory.final_obs), alive, 1)
         next_heads = {k: trajectory.following(v, final.heads[k].detach()) for k, v in heads.items()}  # stop: same
         return None if value is None or final.value is None else trajectory.following(value, final.value), next_heads
+
+    def _beside_target(
+        self, inner: Inner, trajectory: Trajectory, out: AgentOutput, context: Context, alive: Tensor
+    ) -> tuple[AgentOutput, Tree]:
+        """The output with that of the target network beside it, and the target's parameters after this update: an
+        average of those with which updates began."""
+        rate = self.slots.objective.target_rate
+        if rate is None:
+            return out, {}
+        theta = context.memory["target/theta"]
+        target = _revive(inner.population.bind(theta)(trajectory.obs), alive, 1)
+        return dataclasses.replace(out, target=target), {"theta": torch.lerp(theta, inner.theta, rate)}
 
     def _parts(
         self, inner: Inner, trajectory: Trajectory, rows: Batch, first: AgentOutput | None, generator: torch.Generator

@@ -69,6 +69,42 @@ def lambda_returns(
     return gae(reward, value, next_value, terminated, truncated, gamma, gae_lambda) + value
 
 
+def retrace(
+    reward: Tensor,
+    action_value: Tensor,
+    next_value: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
+    log_ratio: Tensor,
+    gamma: Scalar,
+    gae_lambda: Scalar,
+) -> Tensor:
+    """Retrace(lambda) (Munos et al., 2016, arXiv:1606.02647, eq. 4): returns of the actions taken
+
+        G_t = r_t + gamma (V_{t+1} + c_{t+1} (G_{t+1} - Q_{t+1}(a_{t+1}))),    c = lambda min(1, exp(log_ratio))
+
+    without the correction across an episode's end and past the last row.
+
+    Args:
+        reward:       [T, P, B] after action[t].
+        action_value: [T, P, B] Q(obs[t], action[t]).
+        next_value:   [T, P, B] V of the state that step t led to, the mean of Q over the target policy.
+        terminated:   [T, P, B] bool; no bootstrap beyond it.
+        truncated:    [T, P, B] bool; bootstrap from next_value, but no trace into the next episode.
+        log_ratio:    [T, P, B] log of target over behaviour probability of action[t], in nats; a constant.
+        gamma:        discount per environment step.
+        gae_lambda:   trace decay.
+
+    Returns:
+        [T, P, B] targets of Q(obs[t], action[t]); differentiable in all but log_ratio.
+    """
+    weight = leaky(log_ratio, 1.0, 1.0)
+    onward = torch.cat([weight[1:], torch.zeros_like(weight[:1])]) * ~(terminated | truncated)
+    # G_t - Q_t(a_t) = delta_t + gamma c_{t+1} (G_{t+1} - Q_{t+1}(a_{t+1}))
+    delta = td_error(reward, action_value, next_value, terminated, gamma)
+    return action_value + backward_recursion(delta, gamma * gae_lambda * onward)
+
+
 def leaky(log_ratio: Tensor, clip: float, alpha: Scalar) -> Tensor:
     """(1 - alpha) w + alpha min(w, clip) of importance weights w = exp(log_ratio); those above e^20 count as e^20."""
     ratio = log_ratio.detach().clamp(max=LARGEST).exp()  # stop: importance weights are constants of the data

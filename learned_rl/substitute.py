@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput, Heads
 from learned_rl.component import (
     Auxiliary,
     Batch,
@@ -48,6 +48,7 @@ _DESCRIBED = (
     "provenance",
     "needs_value",
     "whole_rollouts",
+    "target_rate",
     "regularisers",
     "differentiates_inputs",
     "tuned",
@@ -113,7 +114,7 @@ class _Substitute(Component):
         # In a tuple, which hides it from the module's registry: its parameters and its device are not ours.
         self._asked = (component, _Methods(component))
 
-    def heads(self, action_space: gymnasium.Space) -> dict[str, int]:
+    def heads(self, action_space: gymnasium.Space) -> Heads:
         return self._asked[0].heads(action_space)
 
     def initial_memory(self, lifetimes: int) -> Tree:
@@ -217,8 +218,8 @@ class _Objective(_Substitute, Objective):
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
         return self._ask("loss", (out, batch, hyper), (_axis(out), _axis(out), 0), (0, 0))
 
-    def agent_regularisers(self, out: AgentOutput) -> Metrics:
-        return self._ask("agent_regularisers", (out,), (_axis(out),), 0)
+    def agent_regularisers(self, out: AgentOutput, action: Tensor) -> Metrics:
+        return self._ask("agent_regularisers", (out, action), (_axis(out), _axis(out)), 0)
 
     def target_regularisers(self, batch: Batch) -> Metrics:
         return self._ask("target_regularisers", (batch,), (1,), 0)

@@ -28,6 +28,9 @@ class Trajectory:
         truncated:  [T, P, B] bool.
         final_obs:  [T, P, B, ...] last observation of each episode that ended at step t (elsewhere the next
                     observation); None where no step was truncated, since only those are read.
+        logits:     [T, P, B, A] of the policy that acted; None for continuous actions.
+        follows:    [T, P, B] bool: the step before obs[t], of this rollout or an earlier one, ended an episode; None
+                    where it was not recorded.
     """
 
     obs: Tensor
@@ -37,6 +40,8 @@ class Trajectory:
     terminated: Tensor
     truncated: Tensor
     final_obs: Tensor | None = None
+    logits: Tensor | None = None
+    follows: Tensor | None = None
 
     @property
     def done(self) -> Tensor:

@@ -9,6 +9,7 @@ row, and saved like anything else.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from learned_rl.component import NoConfig, Scalar, UpdateRule
 from learned_rl.layout import StepContext
-from learned_rl.types import Tree
+from learned_rl.types import Tree, UserError, at_least
 
 
 def clip_norm(grad: Tensor, max_norm: Scalar) -> Tensor:
@@ -106,6 +107,15 @@ class AdamConfig:
     """treat the denominator as a constant of the meta-gradient (as Disco103 does)"""
     weight_decay: float = 0.0
     """decoupled decay of the parameters, per unit of learning rate (AdamW)"""
+    clip: float = math.inf
+    """bound on each element of the step, in learning rates"""
+
+    def __post_init__(self) -> None:
+        numbers = {k: v for k, v in vars(self).items() if isinstance(v, float | int)}  # a learned one is a tensor
+        at_least(0, **numbers)
+        for name in ("beta1", "beta2"):
+            if numbers.get(name, 0) > 1:
+                raise UserError(f"{name} is {numbers[name]}: expected at most 1.")
 
 
 class Adam(UpdateRule):
@@ -128,10 +138,28 @@ class Adam(UpdateRule):
         first = state["first"] + (1 - c.beta1) * (grad - state["first"])
         second = c.beta2 * state["second"] + (1 - c.beta2) * grad * grad
         corrected = second / (1 - c.beta2**count)
-        step = -(learning_rate / (1 - c.beta1**count)) * first / _root(corrected, c.eps, c.stop_denominator)
+        root = _root(corrected, c.eps, c.stop_denominator)
+        if math.isinf(c.clip):
+            step = -(learning_rate / (1 - c.beta1**count)) * first / root
+        else:
+            step = -learning_rate * (first / (1 - c.beta1**count) / root).clamp(-c.clip, c.clip)
         if c.weight_decay:
             step = step - learning_rate * c.weight_decay * theta
         return step, {"first": first, "second": second, "count": count}
+
+
+@dataclass(frozen=True)
+class ClippedAdamConfig(AdamConfig):
+    eps: float = 1e-8
+    stop_denominator: bool = True
+    clip: float = 1.0
+
+
+class ClippedAdam(Adam):
+    """Adam whose steps are at most one learning rate for each parameter, and whose denominator is a constant of the
+    meta-gradient: what moves the agents of Disco103 (Oh et al., Nature 2025)."""
+
+    name, Config = "clipped_adam", ClippedAdamConfig
 
 
 def _root(square: Tensor, eps: float, stop: bool) -> Tensor:
@@ -144,4 +172,4 @@ def _root(square: Tensor, eps: float, stop: bool) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0) + eps
 
 
-RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (SGD, Momentum, RMSProp, Adam)}
+RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (SGD, Momentum, RMSProp, Adam, ClippedAdam)}

@@ -34,6 +34,9 @@ class LearnedAdamConfig:
     eps: float = 1e-5
     """added to the root of the second moment, before meta-training"""
 
+    def __post_init__(self) -> None:
+        AdamConfig(**vars(self))  # refuses what Adam refuses
+
 
 class LearnedAdam(UpdateRule):
     """Adam whose four numbers are learned. State: Adam's."""

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Component, Context, Metrics, finite, lifetime_mean
 from learned_rl.inner_loop import GraphInner, Inner, PlainInner
 from learned_rl.layout import StepContext
@@ -99,6 +99,11 @@ class Learning(Problem):
         self.learned: dict[str, Component] = {s: c for s, c in self.algorithm.slots.items() if s in learned}
         self._check_reached()
         objective = self.algorithm.slots.objective
+        if lives.replay is not None:
+            raise UserError(
+                f"replay_capacity is {lives.replay.capacity}: while a part is learned, agents learn from each rollout "
+                "once; expected 0."
+            )
         for name in loss.regularisers:
             if name not in objective.regularisers:
                 raise unknown(f"regulariser of {objective.name!r}", name, objective.regularisers)
@@ -307,7 +312,7 @@ class Learning(Problem):
             return policy, {}
         entropy = lifetime_mean(out.policy.entropy())
         weight = self.config.policy_entropy * 0.5 ** (self.meta_step / self.config.entropy_half_life)
-        more, terms = self._weighted(self.algorithm.slots.objective.agent_regularisers(out), policy)
+        more, terms = self._weighted(self.algorithm.slots.objective.agent_regularisers(out, data["action"]), policy)
         parts: Metrics = {"policy": policy, "entropy": entropy}
         loss = policy - weight * entropy + more
         if self.config.value:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from learned_rl.component import Scalar
 from learned_rl.layout import StepContext
-from learned_rl.types import Tree
+from learned_rl.types import Tree, at_least
 from meta_optimizers.coordinatewise import GRU, Coordinatewise, CoordinatewiseConfig, Dense, blockwise
 
 
@@ -42,6 +42,10 @@ class Optim4RLConfig(CoordinatewiseConfig):
     """read sign and logarithm of the gradient instead of itself and its square"""
     eps: float = 1e-8
     """added to v below the root; a nominal rule has its own"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, eps=self.eps)
 
 
 class Optim4RL(Coordinatewise):

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics
 from learned_rl.defaults import PPOClip
 from learned_rl.trajectory import Trajectory

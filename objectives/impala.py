@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
 from learned_rl.defaults import normalise
 from learned_rl.distributions import Distribution

@@ -34,7 +34,7 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
 from learned_rl.defaults import normalise
 from learned_rl.distributions import softmax
@@ -173,7 +173,7 @@ class LPG(Objective):
         # stop: only to look at
         return policy_loss + coef * prediction_loss, {k: v.detach() for k, v in metrics.items()}
 
-    def agent_regularisers(self, out: AgentOutput) -> Metrics:
+    def agent_regularisers(self, out: AgentOutput, action: Tensor) -> Metrics:
         """Entropy of y (to be raised); section 3.4."""
         y = softmax(out.heads["prediction"])
         return {"prediction_entropy": lifetime_mean(-(y * (y + EPS).log()).sum(-1))}

@@ -25,7 +25,7 @@ import torch
 from gymnasium.spaces import Discrete
 from torch import Tensor, nn
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Auxiliary, Batch, Context, Hyper, lifetime_mean
 from learned_rl.distributions import Categorical
 from learned_rl.returns import vtrace

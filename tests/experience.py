@@ -32,6 +32,8 @@ def trajectory(space, seed, T=5, P=2, B=3, actions=ACTIONS, dtype=torch.float64,
         terminated=terminated,
         truncated=truncated,
         final_obs=observations(space, *lead, generator=g, dtype=dtype) if truncate else None,
+        logits=torch.randn(*lead, actions, generator=g, dtype=dtype),
+        follows=torch.cat([torch.zeros(1, P, B, dtype=torch.bool), (terminated | truncated)[:-1]]),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from probes import ProbeFamily
 
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Hyper
 from learned_rl.distributions import Categorical
 from learned_rl.evaluation import (

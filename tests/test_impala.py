@@ -10,7 +10,7 @@ from probes import ProbeFamily
 from torch.testing import assert_close
 
 from learned_rl import PPO
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Hyper, lifetime_mean
 from learned_rl.defaults import PPOClip, PPOClipConfig
 from learned_rl.distributions import Categorical

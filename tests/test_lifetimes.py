@@ -5,10 +5,12 @@ import dataclasses
 import experience
 import pytest
 import torch
+from probes import ProbeFamily
 from torch.testing import assert_close
 
 from learned_rl.component import NoConfig, Reward
 from learned_rl.defaults import PPOClip
+from learned_rl.distributions import Categorical
 from learned_rl.inner_loop import GraphInner, PlainInner
 from learned_rl.lifetimes import EpisodeTracker, Lifetimes
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
@@ -536,3 +538,161 @@ def _same(tr):
     """Lifetime 2 lives through what lifetime 0 does."""
     order = [0, 1, 0, 3]
     return {k: v[:, order] for k, v in vars(tr).items()}
+
+
+# --- what is recorded of the policy and of beginnings -------------------------------------------------------------
+
+
+def delayed_lifetimes(seed=0, **settings):
+    """Episodes of two steps, of which rollouts of three cut every other one."""
+    return ppo_lifetimes(
+        2, config=dataclasses.replace(AGENT, n_steps=3, **settings), family=ProbeFamily("delayed"), seed=seed
+    )
+
+
+def collected(lifetimes, rollouts):
+    return [lifetimes.collect(lifetimes.plain()) for _ in range(rollouts)]
+
+
+def test_steps_that_follow_an_end_are_known_beyond_their_rollout():
+    rollouts = collected(delayed_lifetimes(), 4)
+    done, follows = (torch.cat([getattr(tr, k) for tr in rollouts]) for k in ("done", "follows"))
+    assert not follows[0].any() and torch.equal(follows[1:], done[:-1])
+    assert rollouts[2].follows[0].all() and not rollouts[1].follows[0].any()
+    truncated = collected(ppo_lifetimes(2, family=ProbeFamily("truncated")), 2)  # after four steps; rollouts have six
+    assert truncated[0].truncated.any() and torch.equal(truncated[0].follows[1:], truncated[0].truncated[:-1])
+    assert torch.equal(truncated[1].follows[2:], truncated[1].truncated[1:-1])
+
+
+def test_nothing_comes_before_a_fresh_lifetime():
+    lifetimes = delayed_lifetimes()
+    collected(lifetimes, 2)  # six steps: an episode has just ended
+    lifetimes.restart(torch.tensor([False, True]))
+    (tr,) = collected(lifetimes, 1)
+    assert tr.follows[0].all(1).tolist() == [True, False] and not tr.follows[0, 1].any()
+    assert torch.equal(tr.follows[1:], tr.done[:-1])
+
+
+def test_that_a_step_follows_an_end_is_saved(tmp_path):
+    one, two = delayed_lifetimes(), delayed_lifetimes(seed=7)
+    collected(one, 2)
+    two.load_state_dict(through_disk(one.state_dict(), tmp_path))
+    (a,), (b,) = (collected(x, 1) for x in (one, two))
+    assert (
+        a.follows[0].all()
+        and torch.equal(a.follows, b.follows)
+        and not collected(delayed_lifetimes(), 1)[0].follows[0].any()
+    )
+
+
+def test_the_policy_that_acted_is_recorded():
+    lifetimes = ppo_lifetimes(family=ControlFamily("cartpole"))
+    tr = lifetimes.collect(lifetimes.plain())
+    out = lifetimes.population(tr.obs[:-1])
+    assert_close(tr.logits, out.policy.logits, rtol=1e-5, atol=1e-6)
+    assert torch.equal(Categorical(tr.logits).log_prob(tr.action), tr.log_prob) and not tr.logits.requires_grad
+    continuous = ppo_lifetimes(family=ControlFamily("pendulum"))
+    assert continuous.collect(continuous.plain()).logits is None
+
+
+# --- target networks ----------------------------------------------------------------------------------------------
+
+
+class Lagging(PPOClip):
+    """PPO with a target network of which nothing is made, that keeps what it was shown."""
+
+    name, target_rate = "lagging", 0.25
+
+    def prepare(self, trajectory, out, next_value, hyper, context):
+        self.seen = out
+        return super().prepare(trajectory, out, next_value, hyper, context)
+
+
+def lagging(seed=0, **settings):
+    return ppo_lifetimes(objective=Lagging(), family=ControlFamily("cartpole"), seed=seed, **settings)
+
+
+def test_a_target_network_averages_the_parameters_with_which_updates_began():
+    lifetimes = lagging()
+    average = lifetimes.population.theta.detach().clone()
+    lifetimes.population.theta.data.add_(0.1)
+    assert torch.equal(lifetimes.memory["target/theta"], average)  # a copy, not a view
+    for _ in range(4):
+        theta = lifetimes.population.theta.detach().clone()
+        record, _ = lifetimes.advance(lifetimes.plain())
+        seen, at = lifetimes.algorithm.slots.objective.seen, lifetimes.population
+        # What it says is from before it moves.
+        assert_close(seen.target.policy.logits, at.bind(average)(record.trajectory.obs).policy.logits)
+        assert_close(seen.target.value, at.bind(average)(record.trajectory.obs).value)
+        assert_close(seen.policy.logits, at.bind(theta)(record.trajectory.obs).policy.logits)
+        average = 0.75 * average + 0.25 * theta
+        assert_close(lifetimes.memory["target/theta"], average, rtol=1e-6, atol=1e-8)
+        assert not lifetimes.memory["target/theta"].requires_grad and (lifetimes.population.theta != theta).any()
+    assert (lifetimes.memory["target/theta"] != lifetimes.population.theta).any(1).all()
+
+
+def test_objectives_that_ask_for_none_have_no_target_network():
+    lifetimes = ppo_lifetimes()
+    record, _ = lifetimes.advance(lifetimes.plain())
+    assert not lifetimes.memory and record.out.target is None
+
+
+def test_a_target_network_begins_anew_with_its_lifetime():
+    lifetimes = lagging()
+    for _ in range(3):
+        lifetimes.advance(lifetimes.plain())
+    before = lifetimes.memory["target/theta"].clone()
+    lifetimes.restart(torch.tensor([False, True, False, False]))
+    after, theta = lifetimes.memory["target/theta"], lifetimes.population.theta
+    assert torch.equal(after[1], theta[1]) and torch.equal(
+        theta[1], lifetimes.population.initial(stream("agent", "train", 0, 1, 1))
+    )
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]])
+
+
+def test_a_target_network_is_copied_and_saved(tmp_path):
+    one, two = lagging(), lagging(seed=7)
+    for _ in range(2):
+        one.advance(one.plain())
+    one.copy(torch.tensor([3]), torch.tensor([0]))
+    assert torch.equal(one.memory["target/theta"][0], one.memory["target/theta"][3])
+    assert not torch.equal(one.memory["target/theta"][0], one.memory["target/theta"][1])
+    two.load_state_dict(through_disk(one.state_dict(), tmp_path))
+    for lifetimes in (one, two):
+        lifetimes.advance(lifetimes.plain())
+    assert torch.equal(one.memory["target/theta"], two.memory["target/theta"])
+
+
+def test_a_target_network_of_a_broken_lifetime_says_nothing_and_the_others_go_on():
+    one, two = lagging(), lagging()
+    two.population.theta.data[1] = float("nan")
+    for _ in range(3):
+        for lifetimes in (one, two):
+            lifetimes.advance(lifetimes.plain())
+    keep = torch.tensor([0, 2, 3])
+    assert torch.equal(one.memory["target/theta"][keep], two.memory["target/theta"][keep])
+    assert not two.algorithm.slots.objective.seen.target.policy.logits[:, 1].any()
+
+
+def test_a_meta_gradient_passes_through_the_target_network():
+    """Inside a window the average keeps its graph: theta_1 counts 0.25 in it after the second update."""
+    config = dataclasses.replace(AGENT, optimizer="sgd")
+    lifetimes = lagging(config=config)
+    window, start = lifetimes.window(), lifetimes.population.theta.detach().clone()
+    lifetimes.advance(window)
+    first = window.theta
+    lifetimes.advance(window)
+    assert torch.equal(
+        torch.autograd.grad(lifetimes.memory["target/theta"].sum(), first)[0], torch.full_like(start, 0.25)
+    )
+    lifetimes.commit(window)
+    assert not lifetimes.memory["target/theta"].requires_grad
+
+
+def test_memory_has_the_precision_of_its_lifetimes():
+    """Or what is in double precision could not read it."""
+    lifetimes = ppo_lifetimes(reward=Remembering().double(), dtype=torch.float64)
+    assert lifetimes.memory["reward/sum"].dtype == torch.float64
+    lifetimes.advance(lifetimes.plain())
+    lifetimes.restart(torch.tensor([True] + [False] * (P - 1)))
+    assert lifetimes.memory["reward/sum"].dtype == torch.float64 and lifetimes.memory["reward/sum"].tolist()[0] == 1

@@ -26,7 +26,7 @@ def live(net, scale, inner_type=PlainInner, updates=3, shift=0.0):
     """Theta after some updates, and the records, with lifetime 0's rewards times `scale`."""
     slots = Slots.fill(CONFIG, objective=net)
     algorithm, agents = Algorithm(CONFIG, slots), experience.population("tabular", {"prediction": M})
-    inner, memory = inner_type(agents, slots.optimizer, {}), algorithm.initial_memory(P)
+    inner, memory = inner_type(agents, slots.optimizer, {}), algorithm.initial_memory(agents.theta.detach())
     factor, records = torch.tensor([scale, 1.0], dtype=torch.float64)[:, None], []
     for k in range(updates):
         data = experience.trajectory(experience.SPACES["tabular"], seed=k)

@@ -56,6 +56,7 @@ from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from meta_optimizers.truncated import TruncatedConfig
 from objectives.contextual import ContextualConfig
 from objectives.dice import LoadedDiCEConfig
+from objectives.disco import DiscoConfig
 from objectives.dpo import DPOConfig
 from objectives.impala import ImpalaConfig
 from objectives.lirpg import LIRPGConfig
@@ -348,6 +349,7 @@ SETTINGS = {
     "docs/objectives/schedule.md": [ScheduleConfig, PBTConfig],
     "docs/objectives/lpo.md": [LPOConfig],
     "docs/objectives/dice.md": [LoadedDiCEConfig],
+    "docs/objectives/disco103.md": [DiscoConfig],
     "docs/objectives/impala.md": [ImpalaConfig],
     "docs/objectives/self_tuned.md": [SelfTunedConfig],
     "docs/objectives/mgrl.md": [MGRLConfig],

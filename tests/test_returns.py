@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from learned_rl.returns import backward_recursion, gae, lambda_returns, td_error, vtrace
+from learned_rl.returns import backward_recursion, gae, lambda_returns, retrace, td_error, vtrace
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -265,3 +265,69 @@ def test_lifetimes_may_have_numbers_of_their_own():
     for p in range(2):
         alone = gae(*[x[:, p : p + 1] for x in c], float(gamma[p]), float(lam[p]))
         assert_close(together[:, p : p + 1], alone, **EXACT)
+
+
+# --- Retrace ------------------------------------------------------------------------------------------------------
+
+
+def naive_retrace(reward, q, next_value, terminated, truncated, log_ratio, gamma, lam):
+    """Equation 3 of Munos et al. for one time series: Q + sum_k gamma^k (prod c) delta_k within the episode."""
+    T, found = len(reward), []
+    for t in range(T):
+        total, weight = q[t], 1.0
+        for k in range(t, T):
+            bootstrap = 0.0 if terminated[k] else gamma * next_value[k]
+            total += weight * (reward[k] + bootstrap - q[k])
+            if terminated[k] or truncated[k] or k == T - 1:
+                break
+            weight *= gamma * lam * min(1.0, math.exp(log_ratio[k + 1]))
+        found.append(total)
+    return found
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), T=st.integers(1, 9), gamma=unit, lam=unit, ends=st.sampled_from([0.0, 0.2, 1.0]))
+def test_retrace_equals_its_definition(seed, T, gamma, lam, ends):
+    c, log_ratio = case(seed, T, ends=ends), log_ratios(seed, T)
+    found = retrace(*c, log_ratio, gamma, lam)
+    for p, b, series in paths(*c, log_ratio):
+        assert found[:, p, b].tolist() == pytest.approx(naive_retrace(*series, gamma, lam), rel=1e-9, abs=1e-9)
+
+
+def test_retrace_by_hand_with_a_termination_and_a_truncation():
+    """gamma = 1/2, lambda = 1, on-policy but for step 4, half as likely as it was; step 1 terminates, step 2 is
+    truncated with final value 8, and the last row bootstraps from 6."""
+    reward, q, next_value = column(1, 2, 3, 4, 5), column(1, 3, 1, 7, 2), column(4, 99, 8, 5, 6)
+    terminated, truncated = (column(*row, dtype=torch.bool) for row in ((0, 1, 0, 0, 0), (0, 0, 1, 0, 0)))
+    log_ratio = column(9.0, 0.0, 9.0, 9.0, math.log(0.5))  # that of a step counts only for the one before
+    found = retrace(reward, q, next_value, terminated, truncated, log_ratio, 0.5, 1.0).flatten().tolist()
+    last = 5 + 0.5 * 6
+    assert found == pytest.approx([1 + 0.5 * (4 + 2 - 3), 2, 3 + 0.5 * 8, 4 + 0.5 * (5 + 0.5 * (last - 2)), last])
+
+
+def test_on_policy_retrace_of_equal_action_values_is_the_lambda_return():
+    """Q(s, a) = V(s): then lambda = 1 is Monte Carlo with bootstraps where episodes are cut."""
+    c, ones = case(11), torch.zeros(6, 2, 3, dtype=torch.float64)
+    for lam in (0.0, 0.6, 1.0):
+        assert_close(retrace(*c, ones, 0.9, lam), lambda_returns(*c, 0.9, lam), **EXACT)
+
+
+def test_retrace_cuts_the_trace_where_the_target_policy_would_never_act_so_and_stays_finite():
+    c, q = case(12, ends=0.0), case(12, ends=0.0)[1]
+    one_step = q + td_error(c[0], q, c[2], c[3], 0.9)
+    assert_close(retrace(*c, torch.full_like(q, -60.0), 0.9, 1.0), one_step, **EXACT)
+    assert_close(retrace(*c, torch.full_like(q, 200.0), 0.9, 1.0), retrace(*c, torch.zeros_like(q), 0.9, 1.0), **EXACT)
+
+
+def test_derivatives_of_retrace():
+    reward, q, next_value, terminated, truncated = case(13)
+    log_ratio = log_ratios(13).requires_grad_()
+    numbers = [torch.full((2, 1), x, dtype=torch.float64).requires_grad_() for x in (0.9, 0.7)]
+    inputs = [x.requires_grad_() for x in (reward, q, next_value)] + numbers
+
+    def f(r, v, n, g, la):
+        return retrace(r, v, n, terminated, truncated, log_ratio, g, la)
+
+    assert torch.autograd.gradcheck(f, inputs) and torch.autograd.gradgradcheck(f, inputs)
+    assert all(slope.abs().max() > 0.1 for slope in torch.autograd.grad(f(*inputs).sum(), inputs))
+    assert torch.autograd.grad(f(*inputs).sum(), log_ratio, allow_unused=True)[0] is None  # ratios are data

@@ -10,6 +10,7 @@ import torch
 from test_conformance import (
     ACTIONS,
     ALL,
+    IDLE,
     KINDS,
     NUMBERS,
     B,
@@ -29,7 +30,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.testing import assert_close
 
-from learned_rl.agents import AgentConfig, AgentOutput, Population
+from learned_rl.agents import AgentConfig, Population
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Component, Context, Hyper, NoConfig, Reward
 from learned_rl.distributions import SquashedGaussian
 from learned_rl.inner_loop import GraphInner, PlainInner
@@ -284,10 +286,10 @@ def case_of(component):
 
 
 def judged(given, found, theta, order=range(P)):
-    """[P] a random number of what it makes of each lifetime: the agents' gradient, step, reward, numbers."""
+    """[P] a random number of what it makes of each lifetime: the agents' gradient, step, reward, numbers, memory."""
     if "loss" in found:
         (grad,) = torch.autograd.grad(found["loss"].sum(), theta, create_graph=True)
-        found = {"loss": found["loss"], "grad": grad}
+        found = {"loss": found["loss"], "grad": grad} | {k: v for k, v in found.items() if k.startswith("memory")}
     total, g = 0.0, torch.Generator().manual_seed(5)
     for name in sorted(found):
         axis = 1 if name.startswith(("batch", "reward")) else 0
@@ -301,7 +303,8 @@ def judged(given, found, theta, order=range(P)):
 def gradients(component, values, data, stacked, order=range(P)):
     theta = data["theta"].clone().requires_grad_()
     given = Case(substituted(component, values, stacked), data)
-    return torch.autograd.grad(judged(given, given.outputs(theta), theta, order).sum(), [*values.values()])
+    total = judged(given, given.outputs(theta), theta, order).sum()
+    return torch.autograd.grad(total, [*values.values()], allow_unused=True, materialize_grads=True)
 
 
 @each
@@ -315,7 +318,7 @@ def test_one_backward_pass_has_the_meta_gradient_of_every_lifetime(kind, config)
         alone = gradients(given.component, leaves(row(values, p)), select(given.data, [p]), False, [p])
         for name, ours, expected in zip(values, found, alone, strict=True):
             assert_close(ours[p], expected, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
-            assert bool(expected.any()), name
+            assert bool(expected.any()) or (kind, name) in IDLE, name
     shared = own(given.component)
     sums = gradients(given.component, leaves(shared), given.data, False)
     copies = leaves({k: v.expand(P, *v.shape) for k, v in shared.items()})
@@ -369,7 +372,8 @@ def window(component, values, stacked, lifetimes=range(P), minibatches=1, inner_
     everyone = torch.randn(P, agents.theta.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     agents.theta.data.copy_(0.5 * everyone[index])
     inner = inner_type(agents, slots.optimizer, slots.optimizer.initial_state(agents.theta.detach()))
-    memory, hyper = algorithm.initial_memory(len(index)), Hyper(RATES[index], prediction_coef=0.7, aux_coef=2.0)
+    memory = algorithm.initial_memory(agents.theta.detach())
+    hyper = Hyper(RATES[index], prediction_coef=0.7, aux_coef=2.0)
     for k in range(2):
         rollout = experience.trajectory(experience.SPACES["mlp"], k, T, P, B)
         rollout = dataclasses.replace(rollout, **select(vars(rollout), index))
@@ -399,7 +403,7 @@ def test_meta_gradients_of_every_lifetime_through_a_window(kind, config, minibat
             values, found, torch.autograd.grad(noisy(end, [p]).sum(), [*alone.values()]), strict=True
         ):
             assert_close(ours[p], expected, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
-            assert bool(expected.any()), name
+            assert bool(expected.any()) or (kind, name) in IDLE, name
 
 
 @few

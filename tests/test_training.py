@@ -9,7 +9,8 @@ from gymnasium.spaces import Box, Discrete
 from probes import GAMMA, ProbeFamily
 
 from learned_rl import PPO, PPOConfig
-from learned_rl.agents import AgentConfig, ModuleAgent, PolicyHead
+from learned_rl.agents import AgentConfig, ModuleAgent
+from learned_rl.architecture import PolicyHead
 from learned_rl.component import Context, Hyper
 from learned_rl.defaults import Constants, ConstantsConfig
 from learned_rl.tasks.bandits import BanditFamily

@@ -17,6 +17,8 @@ from learned_rl.update_rules import (
     SGD,
     Adam,
     AdamConfig,
+    ClippedAdam,
+    ClippedAdamConfig,
     Momentum,
     MomentumConfig,
     RMSProp,
@@ -269,3 +271,72 @@ def test_the_denominator_is_stopped_from_the_settings():
     assert not Slots.fill(PPOConfig()).optimizer.config.stop_denominator
     with pytest.raises(UserError, match="stop_denominator is on, but 'sgd' has none: expected rmsprop or adam"):
         PPOConfig(optimizer="sgd", stop_denominator=True)
+
+
+# --- steps of at most one learning rate ---------------------------------------------------------------------------
+
+
+def gradients():
+    """Of two rows: nearly silent at first, and then all of one sign, for which Adam's steps exceed its rate."""
+    noise = torch.randn(60, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.cat([1e-3 * noise[:50], noise[50:].abs()])
+
+
+def steps(rule, grads, rate=RATE):
+    theta = torch.zeros(2, 5, dtype=torch.float64)
+    state, found = rule.initial_state(theta), []
+    for grad in grads:
+        step, state = rule.update(grad, state, theta, rate)
+        found.append(step)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.5])
+def test_steps_of_clipped_adam_are_those_of_adam_up_to_a_bound(clip):
+    ours = steps(ClippedAdam(ClippedAdamConfig(clip=clip)), gradients())
+    plain = steps(Adam(AdamConfig(eps=1e-8)), gradients())
+    assert (plain.abs() > 1.2 * clip * RATE).any() and (plain.abs() < 0.8 * clip * RATE).any()
+    assert_close(ours, plain.clamp(-clip * RATE, clip * RATE), **EXACT)
+
+
+def test_rows_have_bounds_of_their_own_learning_rates():
+    rate = torch.tensor([[0.1], [0.0]], dtype=torch.float64)
+    found = steps(ClippedAdam(), gradients(), rate)
+    assert found[:, 0].abs().max() == pytest.approx(0.1, rel=1e-12) and not found[:, 1].any()
+
+
+def test_clipped_adam_without_a_bound_is_adam():
+    config = ClippedAdamConfig(clip=1e9, stop_denominator=False)
+    grads, plain = gradients(), steps(Adam(AdamConfig(eps=1e-8)), gradients())
+    assert_close(steps(ClippedAdam(config), grads), plain, **EXACT)
+    assert torch.equal(steps(Adam(AdamConfig(eps=1e-8, clip=float("inf"))), grads), plain)
+
+
+def test_steps_of_clipped_adam_have_derivatives_within_the_bound_alone_and_a_constant_denominator():
+    """That by the last gradient is -rate (1 - beta1) / (1 - beta1^n) / root where nothing is clipped, else 0."""
+    *before, last = gradients()
+    theta, rule = torch.zeros(2, 5, dtype=torch.float64), ClippedAdam()
+    state = rule.initial_state(theta)
+    for grad in before:
+        _, state = rule.update(grad, state, theta, RATE)
+    last = last.requires_grad_()
+    step, state = rule.update(last, state, theta, RATE)
+    (slope,) = torch.autograd.grad(step.sum(), last)
+    root = (state["second"].detach() / (1 - 0.999**60)).sqrt() + 1e-8
+    clipped = step.abs() >= RATE * (1 - 1e-12)
+    assert_close(slope, torch.where(clipped, 0.0, -RATE * 0.1 / (1 - 0.9**60) / root), rtol=1e-9, atol=0)
+    assert clipped.any() and not clipped.all()
+
+
+def test_clipped_adam_by_its_name_and_its_settings():
+    rule = Slots.fill(PPOConfig(optimizer="clipped_adam")).optimizer
+    assert type(rule) is ClippedAdam
+    assert (rule.config.clip, rule.config.eps, rule.config.stop_denominator) == (1.0, 1e-8, True)
+    assert (rule.config.beta1, rule.config.beta2) == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("kind", [AdamConfig, ClippedAdamConfig])
+def test_impossible_settings_of_adam_are_refused(kind):
+    for name, value, bound in (("clip", -1.0, "least 0"), ("eps", -1e-9, "least 0"), ("beta2", 1.5, "most 1")):
+        with pytest.raises(UserError, match=f"{name} is {value}: expected at {bound}"):
+            kind(**{name: value})

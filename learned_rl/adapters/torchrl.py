@@ -25,7 +25,7 @@ from torchrl.envs.transforms import Transform
 from torchrl.objectives import LossModule
 
 from learned_rl.adapters.common import Scored, all_finite, find, headless
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Objective, Reward
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import UserError

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from learned_rl.adapters.common import Scored, find, frozen, headless
 from learned_rl.adapters.sb3.rollouts import experience
-from learned_rl.agents import AgentOutput
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective
 from learned_rl.types import Tree, UserError
 

@@ -263,9 +263,9 @@ def test_automatic_choice_of_the_architecture():
 @pytest.mark.parametrize(
     ("config", "observations", "actions", "message"),
     [
-        (AgentConfig("tabular"), Box(0.0, 1.0, (3,)), Discrete(2), "'tabular' agent does not take"),
-        (AgentConfig("mlp"), Discrete(3), Discrete(2), "'mlp' agent does not take"),
-        (AgentConfig("conv"), Box(0.0, 1.0, (3,)), Discrete(2), "'conv' agent does not take"),
+        (AgentConfig("tabular"), Box(0.0, 1.0, (3,)), Discrete(2), "kind 'tabular' does not take"),
+        (AgentConfig("mlp"), Discrete(3), Discrete(2), "kind 'mlp' does not take"),
+        (AgentConfig("conv"), Box(0.0, 1.0, (3,)), Discrete(2), "kind 'conv' does not take"),
         (AgentConfig("conv"), Box(0.0, 1.0, (1, 2, 9)), Discrete(2), "does not fit planes of 2x9"),
         (AgentConfig(), Dict({"a": Discrete(2)}), Discrete(2), "does not take observations of Dict"),
         (AgentConfig(), Discrete(3), MultiBinary(3), "Action space MultiBinary.* expected Discrete"),

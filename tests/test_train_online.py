@@ -17,7 +17,7 @@ from experiments.plugs import Plugged, plugs
 from experiments.recipes import online_recipes
 from experiments.report import append_scores, tuned_figure
 from experiments.runs import SCORES, read_metrics
-from experiments.single_task import alternating, discounting_chain, two_colours
+from experiments.single_task import alternating, discounting_chain, lirpg, two_colours
 from learned_rl import artifacts
 from learned_rl.evaluation import Curves
 from learned_rl.types import UserError
@@ -143,6 +143,24 @@ def test_the_weight_around_switches_is_read_from_runs(tmp_path):
     assert [float(row["total"]) for row in (fixed, learned)] == [40_000, 40_000] and fixed["weight after"] is None
     assert (learned["weight before"], learned["weight after"], learned["higher"]) == ("0.1000", "0.2000", "2 of 2")
     assert (tmp_path / "out" / "two_colours.png").exists()
+
+
+def test_lirpg_beside_the_same_agent(learned, tmp_path):
+    runs = []
+    for words in ([], ["--reward", "lirpg"]):
+        folder = learned(
+            "delayed/5/control/cartpole", "--seeds", "2", "--config.hyper.learning-rate", "0.003", *words, *TINY
+        )
+        runs.append(folder.rename(tmp_path / f"run{len(runs)}"))
+    lirpg.main(lirpg.Lirpg(tuple(runs), out=tmp_path / "out"))
+    with (tmp_path / "out" / "returns.csv").open() as file:
+        _, plain, with_lirpg = csv.reader(file)
+    assert (plain[1], with_lirpg[1]) == (lirpg.PLAIN, lirpg.LEARNED) and plain[2:5] == ["0.003", "2", "960"]
+    returns = [float(row["return"]) for row in scores(runs[0]) if row["step"] != "0"]
+    assert float(plain[5]) == pytest.approx(np.mean(returns), abs=0.051)  # of two seeds the middle half is both
+    assert (tmp_path / "out" / "lirpg.png").exists()
+    with pytest.raises(UserError, match="has ended"):
+        lirpg.main(lirpg.Lirpg((tmp_path,), out=tmp_path / "out"))
 
 
 @pytest.mark.parametrize(

@@ -74,14 +74,16 @@ def main(args: Lirpg) -> None:
     figure, axes = panels(len(envs))
     handles: dict[str, Artist] = {}
     for env, ax in zip(envs, axes, strict=True):
+        rates = sorted({p.rate for p in points if p.env == env})
         for method, colour in zip((PLAIN, LEARNED), COLOURS, strict=False):
             own = [p for p in points if (p.env, p.method) == (env, method)]
             middle = [p.lifetime for p in own]
             error = np.array([[m.point - m.low, m.high - m.point] for m in middle]).T.reshape(2, -1)
-            rates = [p.rate for p in own]
-            bar = ax.errorbar(rates, [m.point for m in middle], error, c=colour, marker="o", capsize=3)
+            bar = ax.errorbar([p.rate for p in own], [m.point for m in middle], error, c=colour, marker="o", capsize=3)
             handles[method] = bar.lines[0]
         ax.set_xscale("log")
+        ax.minorticks_off()
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
         ax.set(title=env, xlabel="learning rate of the agent", ylabel="return, mean over the lifetime")
     legend(figure, handles)
     args.out.mkdir(parents=True, exist_ok=True)

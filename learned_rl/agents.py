@@ -267,7 +267,7 @@ class AgentConfig:
     kind: Literal["auto", "tabular", "mlp", "conv", "action_conditional"] = "auto"
     """architecture; auto takes tabular for Discrete observations, conv for planes [C, H, W], else mlp"""
     hidden: tuple[int, ...] = field(
-        default=(64, 64), metadata=searched(Choice((32,), (32, 32), (64, 64), (128, 128), (256, 256)))
+        default=(64, 64), metadata=searched(Choice((16,), (32,), (32, 32), (64, 64), (128, 128), (256, 256), (512, 512)))
     )
     """widths of the hidden layers, in units (conv: after the convolution)"""
     activation: Activation = field(default="tanh", metadata=searched(Choice("tanh", "relu")))
@@ -313,7 +313,9 @@ def make_agent(
     if kind == "auto":
         kind = "tabular" if discrete else "conv" if planes and shape is not None and min(shape[1:]) >= 3 else "mlp"
     if (kind == "tabular") != discrete or (kind == "conv" and not planes) or shape is None:
-        raise UserError(f"An agent of kind {kind!r} does not take observations of {observation_space}: try 'auto'.")
+        raise UserError(
+            f"An agent of kind {kind!r} does not take observations of {observation_space}: try kind='auto'."
+        )
     if isinstance(observation_space, Discrete):
         if conditions:
             raise UserError(

@@ -53,7 +53,9 @@ class PPOConfig:
     """passes over the experience in one update"""
     n_minibatches: int = field(default=4, metadata=searched(PowersOfTwo(1, 16)))
     """parts into which each pass is cut; each is one gradient step"""
-    optimizer: str = field(default="adam", metadata=searched(Choice("sgd", "momentum", "rmsprop", "adam")))
+    optimizer: str = field(
+        default="adam", metadata=searched(Choice("sgd", "momentum", "rmsprop", "adam", "clipped_adam"))
+    )
     """hand-made update rule, unless one is plugged in: sgd, momentum, rmsprop, adam, clipped_adam"""
     stop_denominator: bool = False
     """treat the denominator of rmsprop and adam as a constant of the meta-gradient"""
@@ -128,7 +130,8 @@ class PPOConfig:
         """From nested plain values, as a component file or a run folder holds them (infinity as "inf")."""
         try:
             numbers = {k: None if v is None else float(v) for k, v in values["hyper"].items()}
-            agent: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["agent"].items()}
+            agent: dict[str, Any] = values["agent"] | {"hidden": tuple(values["agent"]["hidden"])}
+            agent |= {k: tuple(agent[k]) for k in ("head_hidden",) if k in agent}
             return cls(**values | {"hyper": Hyper().replace(**numbers), "agent": AgentConfig(**agent)})
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"The agent settings kept with the component do not fit this version: {error}.") from error

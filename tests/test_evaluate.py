@@ -338,7 +338,7 @@ def test_what_a_learned_optimizer_was_trained_with_is_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("baselines", "said"),
     [
-        ("a2c", "unknown baseline 'a2c': the nearest of adam, momentum, rmsprop"),
+        ("a2c", "unknown baseline 'a2c': the nearest of adam, clipped_adam, momentum, rmsprop"),
         ("missing.safetensors", "There is no component file 'missing.safetensors'"),
         ("{objective}", "holds a component of the slot 'objective': expected an optimizer"),
         ("{again},{twin}", "expected each once"),

@@ -16,7 +16,7 @@ from learned_rl.inner_loop import GraphInner, PlainInner
 from learned_rl.lifetimes import Lifetimes
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.tasks.bandits import BanditFamily
-from learned_rl.update_rules import RULES, SGD, AdamConfig, RMSPropConfig
+from learned_rl.update_rules import RULES, SGD, AdamConfig, ClippedAdamConfig, RMSPropConfig
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from meta_optimizers.truncated import TruncatedConfig
 from objectives.lpg import LPG
@@ -124,6 +124,7 @@ def check_against_differences(component, evaluate, step=1e-6, tolerance=1e-5):
 def smooth(rule):
     """The rule with an eps so large that a step is no cliff where a gradient passes zero, as differences need it."""
     configs = {"adam": AdamConfig(eps=1e-3), "rmsprop": RMSPropConfig(eps=1e-3)}
+    configs["clipped_adam"] = ClippedAdamConfig(eps=1e-3, stop_denominator=False)
     return RULES[rule](configs.get(rule))
 
 
@@ -138,7 +139,7 @@ def lpg_case(kind, core, rule, stop, held=True):
     return agents, config, slots
 
 
-RULE_NAMES = ["sgd", "momentum", "rmsprop", "adam"]
+RULE_NAMES = ["sgd", "momentum", "rmsprop", "adam", "clipped_adam"]
 
 
 @pytest.mark.parametrize("core", ["gru", "lstm"])

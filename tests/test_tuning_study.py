@@ -623,7 +623,7 @@ META: dict[str, Callable[[Any], Any]] = {
     "train.critic.agent.hidden": lambda o: widths(o.trainer.critic.population.agent),
     "train.critic.agent.activation": lambda o: o.trainer.critic.population.agent.activation.__name__,
     "train.critic.agent.shared": lambda o: o.trainer.critic.config.agent.shared,  # one trunk either way
-    "settings.predictions": lambda o: one(u.agent.heads["prediction"] for u in o.updates),
+    "settings.predictions": lambda o: one(u.agent.head_sizes["prediction"] for u in o.updates),
     "settings.width": lambda o: o.trainer.component.policy_head.in_features,
     "settings.embedding": lambda o: o.trainer.component.phi[0].out_features,
     **{f"train.loss.regularisers.{name}": lambda o, name=name: np.mean(o.scales[name]) for name in WEIGHTS},

@@ -267,7 +267,8 @@ class AgentConfig:
     kind: Literal["auto", "tabular", "mlp", "conv", "action_conditional"] = "auto"
     """architecture; auto takes tabular for Discrete observations, conv for planes [C, H, W], else mlp"""
     hidden: tuple[int, ...] = field(
-        default=(64, 64), metadata=searched(Choice((16,), (32,), (32, 32), (64, 64), (128, 128), (256, 256), (512, 512)))
+        default=(64, 64),
+        metadata=searched(Choice((16,), (32,), (32, 32), (64, 64), (128, 128), (256, 256), (512, 512))),
     )
     """widths of the hidden layers, in units (conv: after the convolution)"""
     activation: Activation = field(default="tanh", metadata=searched(Choice("tanh", "relu")))

@@ -7,6 +7,7 @@ section 3.2; Bonnet et al., 2022, on why a shared critic biases the meta-gradien
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -43,6 +44,8 @@ class OuterCriticConfig:
     """gradient steps of the critic on each rollout"""
     normalize: bool = True
     """normalise advantages within each lifetime"""
+    late_rewards: bool = False
+    """credit each action with the reward and the end of the step before it, as the public code of Disco103 does"""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """the critic's architecture"""
 
@@ -59,11 +62,23 @@ def judged(
     trajectory: Trajectory, value_of: Callable[[Tensor], Tensor], config: OuterCriticConfig
 ) -> tuple[Tensor, Tensor]:
     """Advantages (normalised within each lifetime if configured) and value targets; constants [T, P, B]."""
+    if config.late_rewards:
+        trajectory = late(trajectory)
     with torch.no_grad():
         value = value_of(trajectory.obs)
         masks = trajectory.next_value(value, value_of), trajectory.terminated, trajectory.truncated
         advantage = gae(trajectory.reward, value[:-1], *masks, config.gamma, config.gae_lambda)
         return normalise(advantage) if config.normalize else advantage, advantage + value[:-1]
+
+
+def late(trajectory: Trajectory) -> Trajectory:
+    """Experience whose rewards and ends come a step late; the first row earns nothing, and every end is final."""
+    ended = trajectory.follows
+    if ended is None:
+        ended = torch.cat([torch.zeros_like(trajectory.done[:1]), trajectory.done[:-1]])
+    reward = torch.cat([torch.zeros_like(trajectory.reward[:1]), trajectory.reward[:-1]])
+    none = torch.zeros_like(ended)
+    return dataclasses.replace(trajectory, reward=reward, terminated=ended, truncated=none, final_obs=None)
 
 
 class OuterCritic:

@@ -22,7 +22,7 @@ from learned_rl.ppo import Algorithm, Slots
 from learned_rl.returns import retrace
 from learned_rl.types import UserError
 from meta_optimizers.learning import OuterLossConfig
-from meta_optimizers.outer_critic import OuterCriticConfig, judged
+from meta_optimizers.outer_critic import OuterCriticConfig
 from meta_optimizers.rematerialised import Rematerialised
 from meta_optimizers.truncated import TruncatedMetaGradient
 from objectives.disco import Disco, divergence
@@ -509,19 +509,3 @@ def test_a_probe_whose_values_are_known_is_valued():
     states = torch.eye(4)[1:].view(1, 3, 4)
     value = rule.value.mean(ppo.lifetimes.population(states).heads["q"]).flatten()
     assert value.tolist() == pytest.approx([probe.probe.values[k] for k in (1, 2, 3)], abs=0.1)
-
-
-def test_late_rewards_are_credited_to_the_next_action():
-    """As in the authors' outer loop: V-trace of unshifted rows, which on-policy is the generalised advantage."""
-    trajectory = experience.trajectory(experience.SPACES["mlp"], seed=3, truncate=False)
-    value_of = lambda obs: obs.sum(-1)  # noqa: E731
-    config = OuterCriticConfig(gamma=0.9, gae_lambda=0.8, normalize=False, late_rewards=True)
-    found, _ = judged(trajectory, value_of, config)
-    value, expected = value_of(trajectory.obs), torch.zeros_like(trajectory.reward)
-    carry = torch.zeros_like(trajectory.reward[0])
-    for t in reversed(range(len(trajectory.reward))):
-        reward = trajectory.reward[t - 1] if t else torch.zeros_like(carry)
-        over = trajectory.done[t - 1] if t else trajectory.follows[0]
-        delta = reward + 0.9 * value[t + 1] * ~over - value[t]
-        carry = expected[t] = delta + 0.9 * 0.8 * ~over * carry
-    assert_close(found, expected)

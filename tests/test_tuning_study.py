@@ -65,6 +65,7 @@ from learned_rl.spaces import (
 from learned_rl.types import UserError
 from learned_rl.update_rules import RULES, Adam
 from meta_optimizers import outer_critic, outer_loop
+from meta_optimizers.evolution import EvolutionConfig
 from meta_optimizers.learning import Learning, OuterLossConfig
 from meta_optimizers.outer_critic import OuterCritic
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
@@ -700,12 +701,15 @@ def test_the_file_of_the_best_outer_loop_gives_the_same_to_meta_train(trained, m
 def test_what_is_searched_of_a_recipe_unless_told_otherwise():
     study = OuterStudy(outer_settings(TINY)).study()
     weights = {f"recipe.train.loss.regularisers.{name}" for name in WEIGHTS}
-    assert set(study.spaces) == {*SEARCHED} | weights
+    usual = {*SEARCHED} - {"recipe.train.estimator.sigma"}  # which evolution alone has
+    assert set(study.spaces) == usual | weights
     bounds = {path.rpartition(".")[2]: space for path, space in study.spaces.items()}
     assert bounds["prediction_entropy"] == LogNegative(0.05, 5.0) and bounds["pi_hat_square"] == LogUniform(0.025, 2.5)
     assert bounds["width"] == PowersOfTwo(8, 32)
     fewer = replace(TINY, train=replace(TINY.train, loss=replace(TINY.train.loss, regularisers={})))
-    assert set(OuterStudy(outer_settings(fewer)).study().spaces) == {*SEARCHED}
+    assert set(OuterStudy(outer_settings(fewer)).study().spaces) == usual
+    evolved = replace(TINY, train=replace(TINY.train, estimator=EvolutionConfig(window=2)))
+    assert "recipe.train.estimator.sigma" in OuterStudy(outer_settings(evolved)).study().spaces
 
 
 def test_a_width_that_is_no_power_of_two_does_not_hinder():

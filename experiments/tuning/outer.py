@@ -37,6 +37,7 @@ SEARCHED = (
     "recipe.train.learning_rate",
     "recipe.train.max_grad_norm",
     "recipe.train.estimator.window",
+    "recipe.train.estimator.sigma",
     "recipe.train.loss.policy_entropy",
     "recipe.train.agent.hyper.learning_rate",
     "recipe.train.agent.hyper.prediction_coef",

@@ -16,7 +16,7 @@ PUBLISHED: dict[str, Callable[[Path], Component]] = {"disco103": disco_weights.r
 
 
 def convert(kind: str, path: Path, out: Path | None) -> Path:
-    """Write the component file, by default beside nothing else in the present folder; returns where it is.
+    """Write the component file, by default into the present folder; returns where it is.
 
     Raises:
         UserError: weights that nobody knows, a file that does not hold them, or another file in the way.

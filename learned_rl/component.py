@@ -352,6 +352,11 @@ def lifetime_mean(x: Tensor) -> Tensor:
     return x.mean(-1) if x.dim() == 2 else x.mean((0, 2))
 
 
+def per_lifetime(x: Scalar) -> Scalar:
+    """A number of the update as it multiplies losses [P], instead of [P, 1]."""
+    return x.squeeze(-1) if isinstance(x, Tensor) and x.dim() == 2 else x
+
+
 def finite(x: Tensor, axis: int = 0) -> Tensor:
     """Whether the numbers of each lifetime are finite, [P] bool, from a tensor whose lifetime axis is given.
 

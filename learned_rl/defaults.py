@@ -24,6 +24,7 @@ from learned_rl.component import (
     Objective,
     Reward,
     lifetime_mean,
+    per_lifetime,
 )
 from learned_rl.returns import gae
 from learned_rl.trajectory import Trajectory
@@ -68,7 +69,8 @@ class PPOClip(Objective):
         policy_loss = lifetime_mean(self.policy_loss(ratio, log_ratio, advantage, hyper))
         value_loss = lifetime_mean(self.value_loss(out.value, batch, hyper))
         entropy = lifetime_mean(out.policy.entropy())
-        loss = _row(hyper.pg_coef) * policy_loss + _row(hyper.vf_coef) * value_loss - _row(hyper.ent_coef) * entropy
+        pg_coef, vf_coef, ent_coef = (per_lifetime(getattr(hyper, k)) for k in ("pg_coef", "vf_coef", "ent_coef"))
+        loss = pg_coef * policy_loss + vf_coef * value_loss - ent_coef * entropy
         with torch.no_grad():
             metrics = {
                 "policy_gradient_loss": policy_loss,
@@ -113,11 +115,6 @@ def _clamp(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return torch.minimum(torch.maximum(x, torch.as_tensor(low)), torch.as_tensor(high))
     return x.clamp(low, high)
-
-
-def _row(x: float | Tensor) -> float | Tensor:
-    """A number per lifetime as [P] rather than [P, 1]."""
-    return x.squeeze(-1) if isinstance(x, Tensor) and x.dim() == 2 else x
 
 
 class EnvironmentReward(Reward):

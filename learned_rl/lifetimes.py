@@ -314,9 +314,8 @@ class Lifetimes:
         """Let the agents at `target [k]` go on as copies of those at `source [k]`, all at once.
 
         A copy takes over weights, optimizer state, component memory, replay, age and horizon, and the rows [P, 1] of
-        `hyper`.
-        Task, environments, running episodes and random streams stay the target's own. Between updates only: a plain
-        inner loop goes on from the copies, a window does not see them.
+        `hyper`. Task, environments, running episodes and random streams stay the target's own. Between updates only: a
+        plain inner loop goes on from the copies, a window does not see them.
 
         Args:
             source, target: indices of lifetimes; the targets are distinct.

@@ -29,6 +29,7 @@ from learned_rl.component import (
     Reward,
     UpdateRule,
     finite,
+    per_lifetime,
     shield,
 )
 from learned_rl.defaults import Constants, ConstantsConfig, EnvironmentReward, NoAuxiliary, PPOClip, PPOClipConfig
@@ -302,9 +303,7 @@ class Algorithm:
             part_out = part_out if healthy else _revive(part_out, alive, 1 if whole else 0)
             loss, metrics = slots.objective.loss(part_out, part, hyper)
             if not isinstance(slots.auxiliary, NoAuxiliary):
-                aux_coef = hyper.aux_coef
-                weight = aux_coef.squeeze(-1) if isinstance(aux_coef, Tensor) else aux_coef
-                loss = loss + weight * slots.auxiliary.loss(part_out, part, hyper)
+                loss = loss + per_lifetime(hyper.aux_coef) * slots.auxiliary.loss(part_out, part, hyper)
             if c.target_kl is not None:
                 if "approx_kl" not in metrics:
                     raise UserError(

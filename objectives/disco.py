@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from learned_rl.agents import AgentConfig
 from learned_rl.architecture import AgentOutput, Heads, truncated_normal
-from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
+from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean, per_lifetime
 from learned_rl.distributions import Categorical, log_softmax, softmax
 from learned_rl.returns import retrace
 from learned_rl.trajectory import Trajectory
@@ -248,7 +248,7 @@ class Disco(Objective):
         counts = batch["counts"].to(q.dtype)
         share = lifetime_mean(counts) + 1e-8
         means = {k: lifetime_mean(v * counts) / share for k, v in terms.items()}
-        of = lambda name: _row(getattr(hyper, name))  # noqa: E731
+        of = lambda name: per_lifetime(getattr(hyper, name))  # noqa: E731
         loss = of("pg_coef") * means["policy"] + of("prediction_coef") * (means["y"] + means["z"])
         loss = loss + self.config.next_policy_coef * means["next_policy"] + of("vf_coef") * means["value"]
         metrics = {"policy_loss": means["policy"], "value_loss": means["value"]}
@@ -376,8 +376,3 @@ def _taken(x: Tensor, action: Tensor) -> Tensor:
 
 def _constant(x: float | Tensor) -> float | Tensor:
     return x.detach() if isinstance(x, Tensor) else x  # stop: the rule's numbers make targets
-
-
-def _row(x: float | Tensor) -> float | Tensor:
-    """A number of the update, as it multiplies [P]."""
-    return x.squeeze(-1) if isinstance(x, Tensor) else x

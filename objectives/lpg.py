@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_rl.architecture import AgentOutput
-from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
+from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean, per_lifetime
 from learned_rl.defaults import normalise
 from learned_rl.distributions import softmax
 from learned_rl.spaces import PowersOfTwo, searched
@@ -168,10 +168,11 @@ class LPG(Objective):
         y = softmax(out.heads["prediction"])
         kl = (y * ((y + EPS).log() - (batch["y_hat"] + EPS).log())).sum(-1)
         policy_loss, prediction_loss = lifetime_mean(log_pi * batch["pi_hat"]), lifetime_mean(kl)
-        coef = hyper.prediction_coef.squeeze(-1) if isinstance(hyper.prediction_coef, Tensor) else hyper.prediction_coef
         metrics = {"policy_loss": policy_loss, "prediction_loss": prediction_loss}
         # stop: only to look at
-        return policy_loss + coef * prediction_loss, {k: v.detach() for k, v in metrics.items()}
+        return policy_loss + per_lifetime(hyper.prediction_coef) * prediction_loss, {
+            k: v.detach() for k, v in metrics.items()
+        }
 
     def agent_regularisers(self, out: AgentOutput, action: Tensor) -> Metrics:
         """Entropy of y (to be raised); section 3.4."""

@@ -23,6 +23,7 @@ from experiments.runs import CONFIG, SCORES, read_json
 from learned_rl.evaluation import Interval, iqm_interval
 from learned_rl.types import UserError
 
+HEADER = ["env", "method", "learning rate", "seeds", "steps", "lifetime", "low", "high", "final", "low", "high"]
 PLAIN, LEARNED = "the delayed reward alone", "with LIRPG"
 
 
@@ -90,19 +91,7 @@ def main(args: Lirpg) -> None:
     save_figure(figure, args.out / "lirpg.png")
     with (args.out / "returns.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(
-            [
-                "env",
-                "method",
-                "learning rate",
-                "seeds",
-                "steps",
-                "lifetime",
-                *("low", "high"),
-                "final",
-                *("low", "high"),
-            ]
-        )
+        table.writerow(HEADER)
         for p in points:
             numbers = [f"{x:.1f}" for m in (p.lifetime, p.final) for x in (m.point, m.low, m.high)]
             table.writerow([p.env, p.method, f"{p.rate:g}", p.seeds, p.steps, *numbers])

@@ -134,6 +134,8 @@ class _Session:
             "validation": {"final": final, "area": area, "tasks": recipe.validation_tasks},
             "version": __version__,
         }
+        if earlier := self.trainer.component.provenance:
+            values["continues"] = {"file": recipe.component} | earlier
         return plain(values)
 
     def checkpoint(self) -> None:

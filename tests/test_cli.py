@@ -317,6 +317,15 @@ def test_from_meta_training_to_the_report(say, refused, tmp_path):
     assert header["provenance"]["family"] == "grid/small" and header["provenance"]["meta_steps"] in (0, 2, 4)
     assert "meta already holds a run" in refused(*TINY, "--out", "meta")
 
+    code, out, err = say(*TINY, "--recipe.component", meta / ARTIFACT, "--recipe.minutes", "0", "--out", "further")
+    assert code == 0, err  # no time for a single step: what was validated and saved is what it began with
+    earlier, later = (artifacts.load(tmp_path / x / ARTIFACT) for x in ("meta", "further"))
+    assert all(torch.equal(v, earlier.state_dict()[k]) for k, v in later.state_dict().items())
+    assert later.provenance["continues"] == {"file": str(meta / ARTIFACT)} | header["provenance"]
+    assert later.provenance["meta_steps"] == 0
+    said = refused(*TINY, "--recipe.component", meta / ARTIFACT, "--recipe.settings.predictions", "7")
+    assert "settings.predictions is 7" in said and "made with 8" in said and "'lpg'" in said
+
     words = "--tasks 3 --seeds 2 --trials 2 --tuning-tasks 2 --episodes 2 --updates 4 --checkpoints 2 --out held-out"
     code, out, err = say("evaluate", meta / ARTIFACT, "--baselines", ",".join(BASELINES), *words.split())
     assert code == 0, err

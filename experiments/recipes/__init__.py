@@ -14,10 +14,11 @@ from types import ModuleType
 from typing import Any
 
 from experiments.train import Train
+from learned_rl import artifacts
 from learned_rl.component import Component
 from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import unknown
-from learned_rl.types import at_least
+from learned_rl.types import UserError, at_least
 from meta_optimizers.estimators import estimator_config
 from meta_optimizers.self_tuning import SelfTuningConfig
 from meta_optimizers.trainer import MetaTrainConfig
@@ -35,9 +36,9 @@ class Recipe:
     family: str
     """task family, as `name/preset`"""
     component: str
-    """registered name of the component to meta-train"""
+    """registered name of the component to meta-train, or a component file to continue from"""
     settings: dict[str, Any] = field(default_factory=dict)
-    """the component's settings that differ from its defaults"""
+    """the component's settings that differ from its defaults; a file's must agree"""
     train: MetaTrainConfig = field(default_factory=MetaTrainConfig)
     """meta-training"""
     meta_steps: int = 1000
@@ -70,14 +71,22 @@ class Recipe:
         return replace(self, train=replace(self.train, estimator=config))
 
     def make_component(self) -> Component:
-        """A fresh component with the recipe's settings.
+        """A fresh component with the recipe's settings, or the one in its file.
 
         Raises:
-            UserError: no such component, or settings that it does not know.
+            UserError: no such component or file, settings that it does not know, or others than the file's.
         """
-        if self.component not in components():
-            raise unknown("component", self.component, components())
-        return components()[self.component].from_config(self.settings)
+        if self.component in components():
+            return components()[self.component].from_config(self.settings)
+        component = artifacts.get(self.component)
+        asked = type(component).from_config(self.settings).config
+        for name in self.settings:
+            if (mine := getattr(asked, name)) != (kept := getattr(component.config, name)):
+                raise UserError(
+                    f"The recipe's settings.{name} is {mine!r}, but {self.component} was made with {kept!r}: expected "
+                    f"the same, or {component.name!r} in place of the file for fresh weights."
+                )
+        return component
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class ActionConditionalAgent(Agent):
         obs_dim: int,
         policy: PolicyHead,
         heads: Heads,
-        value: bool,
+        value: int,
         hidden: Sequence[int] = (512, 512),
         activation: Activation = "relu",
         model: int = 128,
@@ -57,7 +57,7 @@ class ActionConditionalAgent(Agent):
         self.linear: dict[str, tuple[int, int]] = {k: (sizes[i], sizes[i + 1]) for i, k in enumerate(self.torso)}
         self.small = {"policy": policy.size}  # heads of one state, which start close to zero
         self.small |= {f"head_{k}": size for k, size in self.head_sizes.items() if k not in self.ahead}
-        self.small |= {"value": 1} if value else {}
+        self.small |= {"value": self.value} if value else {}
         self.linear |= {k: (state, size) for k, size in self.small.items()}
         self.behind: dict[str, list[str]] = {}  # head of the model -> its layers
         if self.ahead:
@@ -95,7 +95,7 @@ class ActionConditionalAgent(Agent):
         if policy_only:
             return self._output(w, numbers, None, {})
         said = {k: linear(w, k, x) for k in self.small if k != "policy"}
-        value = said.pop("value").squeeze(-1) if self.value else None
+        value = said.pop("value") if self.value else None
         heads = {k.removeprefix("head_"): v for k, v in said.items()}
         units |= said
         if self.ahead:

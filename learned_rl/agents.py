@@ -27,7 +27,8 @@ from learned_rl.activations import ACTIVATIONS, Activation
 from learned_rl.architecture import CONDITION, Agent, AgentOutput, Heads, PolicyHead, Weights, linear
 from learned_rl.layout import Layout, Part, dormancy
 from learned_rl.spaces import Choice, searched
-from learned_rl.types import UserError
+from learned_rl.types import UserError, at_least
+from learned_rl.values import CategoricalValue
 
 if TYPE_CHECKING:
     from learned_rl.component import Hyper
@@ -38,10 +39,10 @@ EMBEDDING = 16  # units of the embedding of numbers that a network is told
 class TabularAgent(Agent):
     """One row of numbers per state: logits, then the extra heads, then the value; all zero at first."""
 
-    def __init__(self, states: int, policy: PolicyHead, heads: Heads, value: bool) -> None:
+    def __init__(self, states: int, policy: PolicyHead, heads: Heads, value: int) -> None:
         super().__init__(policy, heads, value, obs_dim=0)
         self.states = states
-        self.columns = [policy.size, *self.head_sizes.values(), *([1] if value else [])]
+        self.columns = [policy.size, *self.head_sizes.values(), *([int(value)] if value else [])]
         self.shapes = {"table": (states, sum(self.columns))}
         if policy.continuous:
             self.shapes["log_std"] = (policy.size,)
@@ -53,7 +54,7 @@ class TabularAgent(Agent):
         P = obs.shape[0]
         offset = torch.arange(P, device=obs.device)[:, None] * self.states
         numbers, *rest = embedding(obs + offset, w["table"].reshape(P * self.states, -1)).split(self.columns, -1)
-        value = rest.pop().squeeze(-1) if self.value else None
+        value = rest.pop() if self.value else None
         return self._output(w, numbers, value, dict(zip(self.heads, rest, strict=True)))
 
 
@@ -80,7 +81,7 @@ class MLPAgent(Agent):
         shape: Sequence[int],
         policy: PolicyHead,
         heads: Heads,
-        value: bool,
+        value: int,
         hidden: Sequence[int] = (64, 64),
         activation: Activation = "tanh",
         shared: bool = False,
@@ -100,7 +101,7 @@ class MLPAgent(Agent):
         self.linear["policy"] = (sizes[-1], policy.size, 0.01)
         self.linear |= {f"head_{k}": (sizes[-1], size, 0.01) for k, size in self.head_sizes.items()}
         if value:
-            self.linear["value"] = (sizes[-1], 1, 1.0)
+            self.linear["value"] = (sizes[-1], self.value, 1.0 if self.value == 1 else 0.01)
         self.shapes = {}
         for name, (n_in, n_out, _) in self.linear.items():
             self.shapes |= {f"{name}.weight": (n_in, n_out), f"{name}.bias": (n_out,)}
@@ -155,7 +156,6 @@ class MLPAgent(Agent):
         units |= {"policy": numbers} | {f"head_{k}": v for k, v in heads.items()}
         if value is not None:
             units["value"] = value
-            value = value.squeeze(-1)
         out = self._output(w, numbers, value, heads)
         if not self.watched:
             return out
@@ -178,7 +178,7 @@ class ConvAgent(MLPAgent):
         planes: tuple[int, int, int],
         policy: PolicyHead,
         heads: Heads,
-        value: bool,
+        value: int,
         channels: int = 16,
         hidden: Sequence[int] = (128,),
         activation: Activation = "relu",
@@ -219,7 +219,8 @@ class ModuleAgent(Agent):
 
     Args:
         module: maps observations `[n, ...]` to a dictionary with "policy" `[n, policy.size]`, "value" `[n]` or
-                `[n, 1]`, and one entry `[n, *shape]` per extra head. Buffers are shared by all agents and not updated.
+                `[n, value]`, and one entry `[n, *shape]` per extra head. Buffers are shared by all agents and not
+                updated.
         initialise: draws fresh parameters in place; default: every submodule's `reset_parameters`.
     """
 
@@ -229,7 +230,7 @@ class ModuleAgent(Agent):
         policy: PolicyHead,
         obs_dim: int,
         heads: Heads | None = None,
-        value: bool = True,
+        value: int = True,
         initialise: Callable[[nn.Module], None] | None = None,
     ) -> None:
         super().__init__(policy, heads or {}, value, obs_dim)
@@ -250,7 +251,7 @@ class ModuleAgent(Agent):
     def forward(self, w: Weights, obs: Tensor, policy_only: bool) -> AgentOutput:
         own = {name: w[name] for name in w if name != "log_std"}
         out = torch.vmap(lambda p, x: functional_call(self.module, p, (x,)))(own, obs)
-        value = out["value"].reshape(obs.shape[:2]) if self.value else None
+        value = out["value"].reshape(*obs.shape[:2], self.value) if self.value else None
         return self._output(w, out["policy"], value, {k: out[k] for k in self.heads})
 
 
@@ -277,12 +278,18 @@ class AgentConfig:
     """channels of the convolution"""
     shared: bool = field(default=False, metadata=searched(Choice(False, True)))
     """one trunk for policy and value (mlp)"""
+    value_support: int = 0
+    """largest bin of a categorical value, in a space where returns are squeezed (300 holds up to 58 000), learned by
+    cross-entropy; 0: the value is a number, learned by its squared error"""
     gaussian: Literal["squashed", "clipped"] = "squashed"
     """continuous actions: Gaussian squashed by tanh, or clipped at the bounds"""
     model: int = 128
     """units of the model that looks one action ahead (action_conditional)"""
     head_hidden: tuple[int, ...] = (128,)
     """widths of the hidden layers of its heads, in units (action_conditional)"""
+
+    def __post_init__(self) -> None:
+        at_least(0, value_support=self.value_support)
 
 
 def make_agent(
@@ -302,6 +309,7 @@ def make_agent(
         UserError: the architecture does not take such observations, or the action space is of another kind.
     """
     policy, heads = PolicyHead(action_space, config.gaussian), heads or {}
+    numbers = 0 if not value else CategoricalValue(config.value_support).bins if config.value_support else 1
     shape, kind = observation_space.shape, config.kind
     discrete = isinstance(observation_space, Discrete)
     if kind == "action_conditional" and shape is not None:
@@ -309,7 +317,7 @@ def make_agent(
             raise UserError(f"An 'action_conditional' agent cannot be told {', '.join(conditions)}: try kind='mlp'.")
         inputs = int(observation_space.n) if isinstance(observation_space, Discrete) else math.prod(shape)
         sizes = config.hidden, config.activation, config.model, config.head_hidden
-        return ActionConditionalAgent(inputs, len(shape), policy, heads, value, *sizes)
+        return ActionConditionalAgent(inputs, len(shape), policy, heads, numbers, *sizes)
     planes = not discrete and shape is not None and len(shape) == 3
     if kind == "auto":
         kind = "tabular" if discrete else "conv" if planes and shape is not None and min(shape[1:]) >= 3 else "mlp"
@@ -323,11 +331,11 @@ def make_agent(
                 f"A tabular agent cannot be told {', '.join(conditions)}: expected vectors or images to see, or a part "
                 "that tells it nothing (of 'mgrl': embedding=false)."
             )
-        return TabularAgent(int(observation_space.n), policy, heads, value)
+        return TabularAgent(int(observation_space.n), policy, heads, numbers)
     if kind == "conv":
         hidden, planes_shape = config.hidden, (shape[0], shape[1], shape[2])
-        return ConvAgent(planes_shape, policy, heads, value, config.channels, hidden, config.activation, conditions)
-    return MLPAgent(shape, policy, heads, value, config.hidden, config.activation, config.shared, conditions)
+        return ConvAgent(planes_shape, policy, heads, numbers, config.channels, hidden, config.activation, conditions)
+    return MLPAgent(shape, policy, heads, numbers, config.hidden, config.activation, config.shared, conditions)
 
 
 class Population(nn.Module):

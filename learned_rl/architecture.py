@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from learned_rl.distributions import Categorical, ClippedGaussian, Distribution, SquashedGaussian
 from learned_rl.layout import Layout
 from learned_rl.types import UserError
+from learned_rl.values import CategoricalValue
 
 Weights = Mapping[str, Tensor]
 #: How many numbers a head says, or of which shape.
@@ -34,6 +35,7 @@ class AgentOutput:
     Attributes:
         policy: action distribution.
         value:  [...] V(obs), or None where the agent was asked for the policy alone or has no value head.
+        bins:   [..., n] logits whose mean the value is, of agents whose value is categorical.
         heads:  name -> [..., *shape] of the extra heads.
         units:  layer -> [..., H] what its units said, of an agent that is watched.
         target: what the same agents say at the parameters of their target network, if the objective keeps one.
@@ -44,12 +46,21 @@ class AgentOutput:
     heads: dict[str, Tensor] = field(default_factory=dict)
     units: dict[str, Tensor] = field(default_factory=dict)
     target: AgentOutput | None = None
+    bins: Tensor | None = None
 
     def map(self, f: Callable[[Tensor], Tensor]) -> AgentOutput:
         """The same output with `f` applied to each tensor (to slice rows, reshape or detach)."""
-        value = None if self.value is None else f(self.value)
+        value, bins = (None if x is None else f(x) for x in (self.value, self.bins))
         heads, units = ({k: f(v) for k, v in named.items()} for named in (self.heads, self.units))
-        return AgentOutput(self.policy.map(f), value, heads, units, self.target and self.target.map(f))
+        return AgentOutput(self.policy.map(f), value, heads, units, self.target and self.target.map(f), bins)
+
+    def value_error(self, target: Tensor) -> Tensor:
+        """[...] how far the value is from targets [...]: the squared error, or of a categorical value the cross-entropy
+        in nats."""
+        assert self.value is not None
+        if self.bins is None:
+            return (self.value - target).square()
+        return CategoricalValue.of(self.bins).loss(self.bins, target)
 
     def detach(self) -> AgentOutput:
         """Values only; the caller says why."""
@@ -88,7 +99,7 @@ class Agent(ABC):
         shapes: name -> shape of one agent's weights, in the order in which a row of theta holds them.
         policy: the policy head.
         heads:  name -> shape of the extra heads.
-        value:  whether there is a value head.
+        value:  numbers of the value head: none, one, or the bins of a categorical value.
         conditions: names of the numbers of the update that the network is told; its weight "condition" holds them.
         obs_dim: number of axes of one observation, by which [P, B, ...] is told from [T, P, B, ...].
         watched: whether outputs tell what the units of its layers said, for update rules that ask.
@@ -98,8 +109,8 @@ class Agent(ABC):
     conditions: tuple[str, ...] = ()
     watched: bool = False
 
-    def __init__(self, policy: PolicyHead, heads: Heads, value: bool, obs_dim: int) -> None:
-        self.policy, self.value, self.obs_dim = policy, value, obs_dim
+    def __init__(self, policy: PolicyHead, heads: Heads, value: int, obs_dim: int) -> None:
+        self.policy, self.value, self.obs_dim = policy, int(value), obs_dim
         self.heads = {name: (shape,) if isinstance(shape, int) else shape for name, shape in heads.items()}
         self.head_sizes = {name: math.prod(shape) for name, shape in self.heads.items()}
 
@@ -122,10 +133,14 @@ class Agent(ABC):
         """Outputs [P, n, ...] from weights [P, ...] and observations [P, n, ...]."""
 
     def _output(self, w: Weights, numbers: Tensor, value: Tensor | None, heads: dict[str, Tensor]) -> AgentOutput:
-        """Of policy parameters [P, n, ...], values [P, n], and heads: name -> [P, n, ...], in whichever shape."""
+        """Of policy parameters [P, n, ...], the value's numbers [P, n, value], and heads: name -> [P, n, ...], in
+        whichever shape."""
         log_std = w["log_std"][:, None] if self.policy.continuous else None
         shaped = {k: x.reshape(*numbers.shape[:2], *self.heads[k]) for k, x in heads.items()}
-        return AgentOutput(self.policy(numbers, log_std), value, shaped)
+        policy = self.policy(numbers, log_std)
+        if value is None or self.value == 1:
+            return AgentOutput(policy, None if value is None else value.squeeze(-1), shaped)
+        return AgentOutput(policy, CategoricalValue.of(value).mean(value), shaped, bins=value)
 
 
 def linear(w: Weights, name: str, x: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class PPOClip(Objective):
 
         L = -pg_coef mean(min(r A, clip(r, 1 - eps, 1 + eps) A)) + vf_coef mean((V - G)^2) - ent_coef mean(H)
 
+    with the cross-entropy in place of (V - G)^2 where the agents' value is categorical.
     With one epoch and one minibatch r is 1, and this is the advantage actor-critic (A2C; Mnih et al., 2016).
     """
 
@@ -60,14 +61,13 @@ class PPOClip(Objective):
         return {"advantage": advantage, "returns": advantage + value, "value": value}, {}
 
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> tuple[Tensor, Metrics]:
-        assert out.value is not None
         advantage = batch["advantage"]
         if self.config.normalize_advantage:
             advantage = normalise(advantage)
         log_ratio = out.policy.log_prob(batch["action"]) - batch["log_prob"]
         ratio = log_ratio.exp()
         policy_loss = lifetime_mean(self.policy_loss(ratio, log_ratio, advantage, hyper))
-        value_loss = lifetime_mean(self.value_loss(out.value, batch, hyper))
+        value_loss = lifetime_mean(self.value_loss(out, batch, hyper))
         entropy = lifetime_mean(out.policy.entropy())
         pg_coef, vf_coef, ent_coef = (per_lifetime(getattr(hyper, k)) for k in ("pg_coef", "vf_coef", "ent_coef"))
         loss = pg_coef * policy_loss + vf_coef * value_loss - ent_coef * entropy
@@ -89,12 +89,13 @@ class PPOClip(Objective):
         """x within bound of 0."""
         return _clamp(x, -bound, bound)
 
-    def value_loss(self, value: Tensor, batch: Batch, hyper: Hyper) -> Tensor:
-        """Unreduced squared error, of the shape of `value`."""
-        error = (value - batch["returns"]).square()
+    def value_loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> Tensor:
+        """Unreduced error of the value, of its shape."""
+        error = out.value_error(batch["returns"])
         if hyper.clip_range_vf is None:
             return error
-        near = batch["value"] + self.clip(value - batch["value"], hyper.clip_range_vf)
+        assert out.value is not None
+        near = batch["value"] + self.clip(out.value - batch["value"], hyper.clip_range_vf)
         return torch.maximum(error, (near - batch["returns"]).square())
 
 

@@ -92,6 +92,11 @@ class PPOConfig:
             )
         if self.optimizer not in RULES:
             raise UserError(f"optimizer is {self.optimizer!r}: expected one of {', '.join(RULES)}.")
+        if self.agent.value_support and self.hyper.clip_range_vf is not None:
+            raise UserError(
+                f"clip_range_vf is {self.hyper.clip_range_vf}, but a categorical value has no distance that could be "
+                "clipped: expected none, or value_support 0."
+            )
         if self.stop_denominator and not hasattr(RULES[self.optimizer].Config(), "stop_denominator"):
             raise UserError(f"stop_denominator is on, but {self.optimizer!r} has none: expected rmsprop or adam.")
 

@@ -9,6 +9,7 @@ arXiv:1805.11593, section 4.1).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class CategoricalValue:
 
     support: int = 300
 
+    @classmethod
+    def of(cls, logits: Tensor) -> Self:
+        """The one whose bins these logits [..., bins] are of."""
+        return cls(logits.shape[-1] // 2)
+
     @property
     def bins(self) -> int:
         return 2 * self.support + 1
@@ -56,14 +62,14 @@ class CategoricalValue:
         return torch.zeros(*x.shape, self.bins, dtype=x.dtype, device=x.device).scatter_add(-1, index, weights)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """[...] cross-entropy of logits [..., bins] with values [...], which are constants, in nats."""
-        index, weights = self._neighbours(target.detach())  # stop: a target
+        """[...] cross-entropy of logits [..., bins] with values [...], in nats."""
+        index, weights = self._neighbours(target)
         return -(functional.log_softmax(logits, -1).gather(-1, index) * weights).sum(-1)
 
     def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., 2] the bins below and above h(x), and their weights."""
         where = signed_hyperbolic(x).clamp(-self.support, self.support)
-        low, high = where.floor(), where.ceil()
+        low, high = where.detach().floor(), where.detach().ceil()  # stop: steps have no slope
         share = (high - where) / (high - low + 1e-5)  # of the lower one; 0 where both are the same
         index = torch.stack([low, high], -1).nan_to_num(0).long()  # what is not a number has some bins of weight NaN
         return index + self.support, torch.stack([share, 1 - share], -1)

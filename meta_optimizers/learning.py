@@ -53,7 +53,7 @@ class OuterLossConfig:
     regularisers: dict[str, float] = field(default_factory=dict)
     """weight of each of the objective's own regularisers; negative raises the quantity"""
     value: float = 0.0
-    """weight of the squared error of the agent's own value"""
+    """weight of the error of the agent's own value"""
     kl: float = 0.0
     """weight of the divergence of the policy from the one with which the window began, in nats: a trust region"""
     fitness: Literal["return", "reward"] = "return"
@@ -316,8 +316,7 @@ class Learning(Problem):
         parts: Metrics = {"policy": policy, "entropy": entropy}
         loss = policy - weight * entropy + more
         if self.config.value:
-            assert out.value is not None
-            parts["value"] = lifetime_mean((out.value - data["target"]).square())
+            parts["value"] = lifetime_mean(out.value_error(data["target"]))
             loss = loss + self.config.value * parts["value"]
         if self.config.kl:
             anchor = out.policy.like(*(data[f"anchor{i}"] for i in range(len(out.policy.params))))

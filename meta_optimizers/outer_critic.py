@@ -121,7 +121,7 @@ class OuterCritic:
         hyper = Hyper(learning_rate=self.config.learning_rate, max_grad_norm=float("inf"))
         first = None
         for _ in range(self.config.epochs):
-            loss = lifetime_mean((self.value(trajectory.obs[:-1]) - target).square())
+            loss = lifetime_mean(self.population(trajectory.obs[:-1]).value_error(target))
             self._inner.step(loss, hyper)
             first = loss.detach() if first is None else first  # stop: only to look at
         assert first is not None

@@ -182,7 +182,7 @@ class Disco(Objective):
             "pi_hat": self.policy_head(mixed).squeeze(-1),
             "y_hat": y_hat,
             "z_hat": z_hat,
-            "return": target,
+            "return": target.detach(),  # stop: values learn a constant, also of a learned reward
             "ended": trajectory.done,
             # stop: what is predicted of the next state is a constant
             "next_logits": out.policy.logits[1:].detach(),

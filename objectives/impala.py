@@ -24,7 +24,6 @@ from torch import Tensor
 from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
 from learned_rl.defaults import normalise
-from learned_rl.distributions import Distribution
 from learned_rl.returns import vtrace
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, at_least
@@ -45,11 +44,9 @@ class ImpalaConfig:
         at_least(0, rho_clip=self.rho_clip, c_clip=self.c_clip)
 
 
-def actor_critic(
-    policy: Distribution, action: Tensor, value: Tensor, target: Tensor, advantage: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Policy loss, value loss and entropy of every step, before their weights; all of the shape of `value`."""
-    return -advantage * policy.log_prob(action), (value - target).square(), policy.entropy()
+def actor_critic(out: AgentOutput, action: Tensor, target: Tensor, advantage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Policy loss, value loss and entropy of every step, before their weights; all of the shape of the value."""
+    return -advantage * out.policy.log_prob(action), out.value_error(target), out.policy.entropy()
 
 
 class Impala(Objective):
@@ -75,7 +72,7 @@ class Impala(Objective):
         assert out.value is not None
         log_ratio = out.policy.log_prob(batch["action"]) - batch["log_prob"]
         target, advantage = self.targets(out.value, log_ratio, batch, hyper)
-        policy, value, entropy = actor_critic(out.policy, batch["action"], out.value, target, advantage)
+        policy, value, entropy = actor_critic(out, batch["action"], target, advantage)
         loss = lifetime_mean(hyper.pg_coef * policy + hyper.vf_coef * value - hyper.ent_coef * entropy)
         with torch.no_grad():
             ratio = log_ratio.exp()

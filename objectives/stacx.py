@@ -115,7 +115,7 @@ class STACX(Auxiliary):
     def loss(self, out: AgentOutput, batch: Batch, hyper: Hyper) -> Tensor:
         number, (policy, value) = self.numbers(), self._read(out.heads)
         action = _each_head(batch["action"], value)
-        pg_loss, vf_loss, entropy = actor_critic(policy, action, value, *(batch[k] for k in SAID))
+        pg_loss, vf_loss, entropy = actor_critic(AgentOutput(policy, value), action, *(batch[k] for k in SAID))
         loss = number["pg_coef"] * pg_loss + number["vf_coef"] * vf_loss - number["ent_coef"] * entropy
         return lifetime_mean(loss.sum(-1))
 

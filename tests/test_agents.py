@@ -28,6 +28,9 @@ CASES = {
     "mlp-linear": (AgentConfig("mlp", hidden=()), experience.SPACES["mlp"]),
     "mlp-flattens": (AgentConfig("mlp", hidden=(4,)), Box(0.0, 1.0, (2, 3))),
     "conv": (AgentConfig("conv", hidden=(6,), channels=3, activation="relu"), experience.SPACES["conv"]),
+    "tabular-bins": (AgentConfig("tabular", value_support=2), experience.SPACES["tabular"]),
+    "mlp-bins": (AgentConfig("mlp", hidden=(6, 5), value_support=3), experience.SPACES["mlp"]),
+    "conv-bins": (AgentConfig("conv", hidden=(6,), channels=3, value_support=2), experience.SPACES["conv"]),
 }
 EACH = pytest.mark.parametrize("case", CASES)
 
@@ -45,7 +48,8 @@ def build(case, actions=None, heads=HEADS, value=True, lifetimes=P, gaussian="sq
 def tensors(out):
     """All tensors of an output by name."""
     named = {f"policy{i}": x for i, x in enumerate(out.policy.params)} | out.heads
-    return named if out.value is None else named | {"value": out.value}
+    said = {"value": out.value, "bins": out.bins}
+    return named | {k: x for k, x in said.items() if x is not None}
 
 
 @pytest.mark.parametrize("actions", [Discrete(3), CONTINUOUS], ids=["discrete", "continuous"])
@@ -116,11 +120,13 @@ def test_heads_are_apart(case):
     for name in out:
         (grad,) = torch.autograd.grad(out[name].sum(), population.theta, retain_graph=True)
         last = population.weights(grad)
-        if case == "tabular":
-            sizes = dict(zip(["policy0", *HEADS, "value"], last["table"].split([3, 2, 5, 1], -1), strict=True))
+        if case.startswith("tabular"):
+            columns = [3, 2, 5, population.agent.value]
+            sizes = dict(zip(["policy0", *HEADS, "value"], last["table"].split(columns, -1), strict=True))
         else:
-            sizes = {k: last[f"{'policy' if k == 'policy0' else k if k == 'value' else 'head_' + k}.bias"] for k in out}
-        assert {k for k, g in sizes.items() if g.any()} == {name}
+            layers = {"policy0": "policy", "value": "value"} | {k: f"head_{k}" for k in HEADS}
+            sizes = {k: last[f"{layer}.bias"] for k, layer in layers.items()}
+        assert {k for k, g in sizes.items() if g.any()} == {"value" if name == "bins" else name}
 
 
 # --- against torch's own modules ----------------------------------------------------------------------------------

@@ -243,6 +243,13 @@ def test_the_truncated_meta_gradient_is_that_of_differences(name, rule):
     assert all(bool((window.grads[k] != 0).any()) for k in eta.values), "a meta-parameter without gradient"
 
 
+def test_so_it_is_through_the_targets_of_a_categorical_value():
+    """Their cross-entropy has kinks where a target crosses a bin, and slopes between them."""
+    config = dataclasses.replace(agent("numbers"), agent=AgentConfig(hidden=(4,), value_support=3))
+    problem, eta = learning("numbers", config=config)
+    against_differences(made(TruncatedMetaGradient), problem, eta)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["fresh_reuse", "shifted", "same_is"])
 @pytest.mark.parametrize("name", ["lpg", "numbers"])

@@ -5,19 +5,24 @@ import dataclasses
 import experience
 import pytest
 import torch
+from gymnasium.spaces import Discrete
 from probes import GAMMA, PROBES, ProbeFamily
 from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
-from learned_rl.agents import AgentConfig
+from learned_rl.agents import AgentConfig, Population, make_agent
+from learned_rl.architecture import AgentOutput
 from learned_rl.component import Auxiliary, Hyper, Hyperparameters, NoConfig, Reward, UpdateRule, lifetime_mean
 from learned_rl.defaults import Constants, ConstantsConfig, PPOClip, PPOClipConfig
+from learned_rl.distributions import Categorical
 from learned_rl.inner_loop import PlainInner
 from learned_rl.lifetimes import Lifetimes
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
+from learned_rl.registry import make_component
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import UserError
 from learned_rl.update_rules import SGD
+from learned_rl.values import CategoricalValue
 from objectives.lpg import LPG
 
 SMALL = PPOConfig(n_envs=3, n_steps=5, n_epochs=2, n_minibatches=3, hyper=Hyper(learning_rate=0.01, ent_coef=0.01))
@@ -422,12 +427,48 @@ def test_linear_decay_reaches_zero():
 
 
 def test_value_clipping_bounds_what_a_value_may_move():
-    objective, out = PPOClip(PPOClipConfig()), torch.tensor([[0.0, 2.0, -2.0]], requires_grad=True)
+    objective, value = PPOClip(PPOClipConfig()), torch.tensor([[0.0, 2.0, -2.0]], requires_grad=True)
     batch = {"value": torch.zeros(1, 3), "returns": torch.tensor([[5.0, 5.0, 5.0]])}
+    out = AgentOutput(Categorical(torch.zeros(1, 3, 2)), value)
     loss = objective.value_loss(out, batch, Hyper(clip_range_vf=1.0))
     assert_close(loss, torch.tensor([[25.0, 16.0, 49.0]]))  # beyond the range on the way to the target: no gradient
-    (grad,) = torch.autograd.grad(loss.sum(), out)
+    (grad,) = torch.autograd.grad(loss.sum(), value)
     assert grad[0].tolist() == [-10.0, 0.0, -14.0]
+
+
+@pytest.mark.parametrize("objective", ["ppo_clip", "impala"])
+def test_a_categorical_value_learns_by_cross_entropy(objective):
+    """Of the two bins next to the squeezed target, in the place of the squared error; nothing else is another."""
+    value, rule = CategoricalValue(3), make_component(objective)
+    g = torch.Generator().manual_seed(4)
+    config = dataclasses.replace(SMALL, n_minibatches=1, agent=AgentConfig("mlp", hidden=(6,), value_support=3))
+    agents = Population(make_agent(config.agent, experience.SPACES["mlp"], Discrete(3)), 2, torch.float64)
+    agents.theta.data.copy_(torch.randn(agents.theta.shape, generator=g, dtype=torch.float64))
+    tr = experience.trajectory(experience.SPACES["mlp"], 0)
+    out = agents(tr.obs)
+    assert out.bins.shape == (6, 2, 3, 7) and torch.equal(out.value, value.mean(out.bins))
+    hyper = Hyper(vf_coef=0.7)
+    batch, _ = rule.prepare(tr, out, tr.next_value(out.value, lambda o: agents(o).value), hyper, experience.context())
+    rows = {"action": tr.action, "log_prob": tr.log_prob} | batch
+    now = out.map(lambda x: x[:-1])
+    loss, metrics = rule.loss(now, rows, hyper)
+    told = dataclasses.replace(now, bins=None)
+    scalar, of_scalar = rule.loss(told, rows, hyper)
+    target = (
+        batch["returns"]
+        if "returns" in batch
+        else rule.targets(now.value, now.policy.log_prob(tr.action) - tr.log_prob, batch, hyper)[0]
+    )
+    entropy = -(value.two_hot(target) * now.bins.log_softmax(-1)).sum(-1).mean((0, 2))
+    assert_close(metrics["value_loss"], entropy.detach())
+    assert_close(loss - scalar, 0.7 * (metrics["value_loss"] - of_scalar["value_loss"]))
+
+
+def test_a_categorical_value_has_no_distance_to_clip():
+    with pytest.raises(UserError, match=r"clip_range_vf is 0\.2, but a categorical value"):
+        PPOConfig(agent=AgentConfig(value_support=300), hyper=Hyper(clip_range_vf=0.2))
+    with pytest.raises(UserError, match="value_support is -1"):
+        AgentConfig(value_support=-1)
 
 
 def test_ratio_clipping_by_hand():
@@ -454,10 +495,15 @@ def test_plain_updates_leave_no_graph_behind():
 PROBE_HYPER = Hyper(learning_rate=0.03, gamma=GAMMA, gae_lambda=0.95)
 
 
-def learn_probe(name, kind, updates, inner_kind=PlainInner):
+def learn_probe(name, kind, updates, support):
     family = ProbeFamily(name, as_numbers=kind == "mlp")
     config = PPOConfig(
-        n_envs=8, n_steps=16, n_epochs=4, n_minibatches=2, hyper=PROBE_HYPER, agent=AgentConfig(hidden=(16,))
+        n_envs=8,
+        n_steps=16,
+        n_epochs=4,
+        n_minibatches=2,
+        hyper=PROBE_HYPER,
+        agent=AgentConfig(hidden=(16,), value_support=support),
     )
     lifetimes = Lifetimes(family, Algorithm(config, Slots.fill(config)), 3, updates, seed=1)
     inner = lifetimes.plain()
@@ -468,12 +514,13 @@ def learn_probe(name, kind, updates, inner_kind=PlainInner):
         return family.probe, lifetimes.population(states)
 
 
+@pytest.mark.parametrize("support", [0, 5], ids=["", "categorical"])
 @pytest.mark.parametrize("kind", ["tabular", "mlp"])
 @pytest.mark.parametrize("name", PROBES)
-def test_probe_environments(name, kind):
+def test_probe_environments(name, kind, support):
     """All three agents know the values and take the right actions."""
-    updates = {"truncated": 150, "terminated": 80}.get(name, 40)
-    probe, out = learn_probe(name, kind, updates)
+    updates = {"truncated": 300 if support else 150, "terminated": 80}.get(name, 40)
+    probe, out = learn_probe(name, kind, updates, support)
     expected = torch.tensor([probe.values[s] for s in range(probe.states)]).expand(3, -1)
     assert (out.value - expected).abs().max() < 0.05, out.value
     for state, action in probe.best.items():

@@ -101,10 +101,14 @@ def test_the_loss_is_the_cross_entropy_with_the_two_hot():
     assert_close(slope, logits.softmax(-1) - SMALL.two_hot(target), rtol=1e-10, atol=1e-12)
 
 
-def test_targets_are_constants_of_the_loss():
-    target = double(0.3, 2.0).requires_grad_()
-    loss = SMALL.loss(torch.zeros(2, 9, dtype=torch.float64, requires_grad=True), target).sum()
-    assert torch.autograd.grad(loss, target, allow_unused=True)[0] is None
+def test_a_loss_has_a_derivative_to_its_target():
+    """So a learned discount is reached through the value that it makes a target of."""
+    target, logits = double(0.3, 2.0, -0.7).requires_grad_(), torch.linspace(-1, 2, 9, dtype=torch.float64).square()
+    loss = lambda x: SMALL.loss(logits.expand(3, 9), x)  # noqa: E731
+    (slope,) = torch.autograd.grad(loss(target).sum(), target)
+    with torch.no_grad():
+        assert_close(slope, (loss(target + 1e-6) - loss(target - 1e-6)) / 2e-6, rtol=1e-6, atol=0)
+    assert (slope != 0).all()
 
 
 # --- running moments ----------------------------------------------------------------------------------------------

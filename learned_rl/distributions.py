@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from learned_rl.streams import Streams, noise
 
+WIDE = 32  # numbers of a row from which on torch's kernel for the last axis is the faster one
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -26,12 +27,32 @@ def log_softmax(x: Tensor) -> Tensor:
 
     torch's kernel for the last axis takes one row at a time; over the first axis it takes a vector of rows.
     """
-    return functional.log_softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+    return _over_last(functional.log_softmax, x)
 
 
 def softmax(x: Tensor) -> Tensor:
     """Softmax over the last axis; see `log_softmax`."""
-    return functional.softmax(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+    return _over_last(functional.softmax, x)
+
+
+def _over_last(f: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+    if x.shape[-1] < WIDE:
+        return f(x.movedim(-1, 0).contiguous(), 0).movedim(0, -1)
+    return rowwise(lambda rows: f(rows, -1), x)
+
+
+def rowwise(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f of the rows of x [..., n], taken in the order in which they lie in memory: so nothing is copied.
+
+    What P agents say of T steps lies with P first, and is seen with T first. Wide rows are worth the trouble.
+
+    Args:
+        f: makes [..., *any] of rows [..., n], each row by itself.
+    """
+    lead, strides = x.dim() - 1, x.stride()
+    order = sorted(range(lead), key=lambda i: -strides[i])
+    said = f(x.permute([*order, lead]))
+    return said.permute([*(order.index(i) for i in range(lead)), *range(lead, said.dim())])
 
 
 class Distribution(ABC):

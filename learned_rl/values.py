@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learned_rl.distributions import log_softmax, rowwise
 from learned_rl.types import Tree
 
 EPS = 1e-3  # slope of the transform far from zero
@@ -54,7 +55,7 @@ class CategoricalValue:
     def mean(self, logits: Tensor) -> Tensor:
         """[...] the value of logits [..., bins]: h^-1 of the mean over bins."""
         bins = torch.arange(-self.support, self.support + 1, device=logits.device, dtype=logits.dtype)
-        return signed_parabolic(functional.softmax(logits, -1) @ bins)
+        return signed_parabolic(rowwise(lambda rows: functional.softmax(rows, -1) @ bins, logits))
 
     def two_hot(self, x: Tensor) -> Tensor:
         """[..., bins] the two bins next to h(x), weighted by their nearness; of values [...]."""
@@ -64,7 +65,7 @@ class CategoricalValue:
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
         """[...] cross-entropy of logits [..., bins] with values [...], in nats."""
         index, weights = self._neighbours(target)
-        return -(functional.log_softmax(logits, -1).gather(-1, index) * weights).sum(-1)
+        return -(log_softmax(logits).gather(-1, index) * weights).sum(-1)
 
     def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., 2] the bins below and above h(x), and their weights."""

@@ -35,7 +35,7 @@ from torch.nn import functional
 from learned_rl.agents import AgentConfig
 from learned_rl.architecture import AgentOutput, Heads, truncated_normal
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean, per_lifetime
-from learned_rl.distributions import Categorical, log_softmax, softmax
+from learned_rl.distributions import Categorical, log_softmax, rowwise, softmax
 from learned_rl.returns import retrace
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, UserError, at_least
@@ -223,8 +223,8 @@ class Disco(Objective):
             },
             policies=policies,
             values=torch.stack([_log(q_slow[:-1]), _log(gap[:-1]), shift, taken.to(q.dtype)], -1),
-            y=(softmax_wide(out.heads["y"]), softmax_wide(slow.heads["y"])),
-            z=(softmax_wide(out.heads["z"]), softmax_wide(slow.heads["z"])),
+            y=(softmax(out.heads["y"]), softmax(slow.heads["y"])),
+            z=(softmax(out.heads["z"]), softmax(slow.heads["z"])),
             pi=pi,
         )
         return seen, target, moments
@@ -297,7 +297,7 @@ class _Reader(nn.Module):
 
     def forward(self, seen: _Seen) -> tuple[Tensor, Tensor]:
         """[T, 27, P, B] and [T, P, B, A, 2]."""
-        y, z = ([embed(x).squeeze(-1) for x in pair] for embed, pair in ((self.y, seen.y), (self.z, seen.z)))
+        y, z = ([rowwise(embed, x).squeeze(-1) for x in pair] for embed, pair in ((self.y, seen.y), (self.z, seen.z)))
         said = torch.stack([x[:-1] for x in z], -1)
         actions = torch.cat([seen.policies, said, seen.values], -1)
         embedded = self.mix1(self.mix0(actions))
@@ -338,7 +338,7 @@ class _Life(nn.Module):
 
     def forward(self, seen: _Seen, summary: Tensor, y_hat: Tensor, hidden: Tensor, cell: Tensor) -> Tree:
         """The memory after a rollout, of which the first network said `summary [T, P, B, 1]` and y_hat."""
-        said = torch.cat([summary, self.reader.y(softmax_wide(y_hat))], -1)
+        said = torch.cat([summary, self.reader.y(softmax(y_hat))], -1)
         x = torch.cat([self.reader(seen)[0].movedim(1, -1), said], -1)
         hidden, cell = self.cell(self.inputs(x).mean((0, 2)), hidden, cell)
         return {"hidden": hidden, "cell": cell}
@@ -347,16 +347,10 @@ class _Life(nn.Module):
 # --- small things --------------------------------------------------------------------------------------------------
 
 
-def softmax_wide(x: Tensor) -> Tensor:
-    """Softmax over a long last axis, for which torch's own kernel is the faster one."""
-    return functional.softmax(x, -1)
-
-
 def divergence(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) [...] of logits [..., n], in nats."""
-    log = log_softmax if p.shape[-1] < 32 else lambda x: functional.log_softmax(x, -1)
-    log_p = log(p)
-    return (log_p.exp() * (log_p - log(q))).sum(-1)
+    log_p = log_softmax(p)
+    return (log_p.exp() * (log_p - log_softmax(q))).sum(-1)
 
 
 def _log(x: Tensor) -> Tensor:

@@ -8,7 +8,15 @@ from scipy.stats import chisquare, kstest
 from torch.distributions import AffineTransform, Independent, Normal, TanhTransform, TransformedDistribution
 from torch.testing import assert_close
 
-from learned_rl.distributions import Categorical, ClippedGaussian, SquashedGaussian, log_softmax, softmax, stack
+from learned_rl.distributions import (
+    Categorical,
+    ClippedGaussian,
+    SquashedGaussian,
+    log_softmax,
+    rowwise,
+    softmax,
+    stack,
+)
 
 LOW, HIGH = torch.tensor([-1.0, 0.5]).double(), torch.tensor([2.0, 1.5]).double()
 
@@ -197,3 +205,32 @@ def test_slicing_and_stacking(kind):
     both = stack([d, d.map(lambda x: x + 0.1)])
     assert type(both) is kind
     assert_close(both.log_prob(torch.stack([action, action]))[0], d.log_prob(action))
+
+
+# --- the kernels behind them ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [3, 40])
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+@pytest.mark.parametrize(("ours", "theirs"), [(softmax, torch.softmax), (log_softmax, torch.log_softmax)])
+def test_softmaxes_are_torchs_in_whatever_order_rows_lie(ours, theirs, order, width):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 3, width, generator=g, dtype=torch.float64).permute(*order, 3).requires_grad_()
+    weights = torch.randn(x.shape, generator=g, dtype=torch.float64)
+    found, expected = ours(x), theirs(x, -1)
+    assert_close(found, expected)
+    slopes = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (found, expected)]
+    assert_close(*slopes)
+
+
+def test_rows_are_not_copied_and_stay_where_they_were():
+    x = torch.randn(4, 2, 3, 40).permute(2, 0, 1, 3)
+    seen = []
+
+    def largest_and_mean(rows):
+        seen.append(rows)
+        return torch.stack([rows.amax(-1), rows.mean(-1)], -1)
+
+    assert_close(rowwise(largest_and_mean, x), torch.stack([x.amax(-1), x.mean(-1)], -1))
+    assert seen[0].is_contiguous() and seen[0].data_ptr() == x.data_ptr()
+    assert_close(rowwise(lambda rows: rows.sum(-1), x), x.sum(-1))

@@ -15,7 +15,7 @@ import optuna
 import torch
 from gymnasium.spaces import Discrete
 
-from experiments.config_file import write_config
+from experiments.config_file import read_config, write_config
 from experiments.options import listed, usable_device
 from experiments.report import Scores, Unit, append_scores, conclude, read_scores
 from experiments.runs import SCORES, Progress, Run, default_folder
@@ -48,9 +48,9 @@ class Evaluate:
     family: str | None = None
     """task family as `name/preset`, or a gymnasium id; default: the one the file was trained on"""
     baselines: str | None = None
-    """comma-separated. Of an objective: a2c, a2c-norm (a2c with normalised advantages), ppo, dpo, untrained; default:
-    a2c,ppo,untrained. Of an optimizer, which moves the same agents: sgd, momentum, rmsprop, adam, untrained, files of
-    other learned optimizers; default: adam,rmsprop,untrained"""
+    """comma-separated. Of an objective: a2c, a2c-norm (a2c with normalised advantages), ppo, dpo, untrained, files of
+    other objectives; default: a2c,ppo,untrained. Of an optimizer, which moves the same agents: sgd, momentum, rmsprop,
+    adam, untrained, files of other learned optimizers; default: adam,rmsprop,untrained"""
     tasks: int = 64
     """held-out tasks"""
     seeds: int = 4
@@ -60,6 +60,9 @@ class Evaluate:
     steps"""
     n_envs: int | None = None
     """parallel copies of the environment in each lifetime; default: as in meta-training"""
+    config: Path | None = None
+    """file whose config table has settings of the learned method's agents, as the best.toml of `learned-rl tune`;
+    default: those that suit it"""
     trials: int = 48
     """Optuna trials for each method that is tuned; 0: default settings"""
     tune_learned: bool = True
@@ -130,6 +133,8 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
     updates = args.updates or _default_updates(learned)
     names = args.baselines if args.baselines is not None else BASELINES_OF[learned.slot]
     config = _suited(learned, family)
+    if args.config is not None:
+        config = read_config(args.config, AgentSettings(config)).config
     config = dataclasses.replace(config, n_envs=args.n_envs or config.n_envs)
     first = Method(learned.name, config, {learned.slot: learned}, {learned.slot: str(path)}, updates, args.tune_learned)
     chosen = [dataclasses.replace(first, around=isinstance(learned, UpdateRule))]
@@ -154,13 +159,15 @@ def _suited(learned: Objective | UpdateRule, family: TaskFamily) -> PPOConfig:
 
 def _of_objectives(name: str, first: Method, family: TaskFamily) -> Method:
     """A baseline of a learned objective: another algorithm, with as many environment steps."""
-    if name not in BASELINES:
-        raise unknown("baseline", name, BASELINES)
+    if name not in BASELINES and not name.endswith(artifacts.SUFFIX):
+        raise unknown("baseline", name, [*BASELINES, f"the {artifacts.SUFFIX} file of another objective"])
     config = first.config
     settings, objective = competitor(name, family.observation_space)
     settings = dataclasses.replace(settings, n_envs=config.n_envs, n_steps=config.n_steps)
-    parts: dict[str, Component] = {} if objective is None else {"objective": objective}
-    return Method(name, settings, parts, {"objective": "dpo"} if name == "dpo" else {}, first.horizon, True)
+    if objective is None:
+        return Method(name, settings, {}, {}, first.horizon, True)
+    called = name if name == "dpo" else _called(objective, name, first)
+    return Method(called, settings, {"objective": objective}, {"objective": name}, first.horizon, True)
 
 
 def _of_optimizers(name: str, first: Method, family: TaskFamily) -> Method:
@@ -178,8 +185,13 @@ def _of_optimizers(name: str, first: Method, family: TaskFamily) -> Method:
         raise UserError(f"{name} holds a component of the slot {other.slot!r}: expected an optimizer.")
     rate = other.trained_rate(tabular) or first.config.hyper.learning_rate
     config = dataclasses.replace(first.config, hyper=first.config.hyper.replace(learning_rate=rate))
-    called = other.name if other.name != first.name else f"{other.name}-{Path(name).resolve().parent.name}"
+    called = _called(other, name, first)
     return Method(called, config, {"optimizer": other}, {"optimizer": name}, first.horizon, True, around=True)
+
+
+def _called(other: Component, file: str, first: Method) -> str:
+    """Name of the component in a file: its own, beside one of the same kind with that of its folder."""
+    return other.name if other.name != first.name else f"{other.name}-{Path(file).resolve().parent.name}"
 
 
 def _untrained(learned: Component) -> dict[str, Component]:

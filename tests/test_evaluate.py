@@ -272,6 +272,42 @@ def test_without_trials_nothing_is_tuned(tmp_path, file):
     assert set(tuned(out)) == set(studies(out)) == {"a2c"}
 
 
+def test_files_of_other_objectives_are_rivals_and_agents_have_the_settings_of_a_file(tmp_path, file, monkeypatch):
+    (tmp_path / "before").mkdir()
+    other, earlier = tmp_path / "other.safetensors", tmp_path / "before" / "lpg.safetensors"
+    artifacts.save(make_component("ppo_soft_clip"), other)
+    artifacts.save(LPG(predictions=5, width=4, core="gru"), earlier, {"agent": plain(AGENT)})
+    settings = tmp_path / "settings.toml"
+    settings.write_text("[config]\nn_steps = 7\n[config.hyper]\nlearning_rate = 3.0\n")
+    compared = []
+    original = module.learning_curves
+
+    def noted(family, algorithm, horizon, **options):
+        compared.append((algorithm.slots.objective, algorithm.config, horizon))
+        return original(family, algorithm, horizon, **options)
+
+    monkeypatch.setattr(module, "learning_curves", noted)
+    changes = {"baselines": f"dpo,{other},{earlier}", "config": settings, "trials": 1, "tune_learned": False}
+    out = tmp_path / "run"
+    evaluate(file, dataclasses.replace(SMALL, out=out, **changes), ["evaluate"])
+    assert [s.method for s in read_scores(out / SCORES)] == ["lpg", "dpo", "ppo_soft_clip", "lpg-before"]
+    assert [objective.name for objective, *_ in compared] == ["lpg", "dpo", "ppo_soft_clip", "lpg"]
+    assert compared[0][0].config.predictions == 3 and compared[3][0].config.predictions == 5
+    first = compared[0][1]
+    assert (first.n_steps, first.hyper.learning_rate, first.hyper.aux_coef) == (7, 3.0, 0.5)
+    assert all((c.n_envs, c.n_steps, h) == (2, 7, 4) for _, c, h in compared)
+    assert compared[3][1].hyper.learning_rate == 30.0, "that of its own file: the first trial is what there is"
+    assert read_config(out / TUNED / "ppo_soft_clip.toml", Train()).objective == str(other)
+
+    for wrong, said in (
+        ("pp0", "unknown baseline 'pp0': the nearest of"),
+        (str(optimizer_file(tmp_path / "o.safetensors", "l2l", 0.1)), "slot 'optimizer': expected an objective"),
+        (str(file), "expected each once"),
+    ):
+        with pytest.raises(UserError, match=said):
+            evaluate(file, dataclasses.replace(SMALL, baselines=f"{wrong},{wrong}"), ["evaluate"])
+
+
 # --- learned optimizers -------------------------------------------------------------------------------------------
 
 

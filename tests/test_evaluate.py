@@ -299,13 +299,15 @@ def test_files_of_other_objectives_are_rivals_and_agents_have_the_settings_of_a_
     assert compared[3][1].hyper.learning_rate == 30.0, "that of its own file: the first trial is what there is"
     assert read_config(out / TUNED / "ppo_soft_clip.toml", Train()).objective == str(other)
 
-    for wrong, said in (
-        ("pp0", "unknown baseline 'pp0': the nearest of"),
-        (str(optimizer_file(tmp_path / "o.safetensors", "l2l", 0.1)), "slot 'optimizer': expected an objective"),
-        (str(file), "expected each once"),
-    ):
+    optimizer, twin = optimizer_file(tmp_path / "o.safetensors", "l2l", 0.1), earlier.with_name("twin.safetensors")
+    artifacts.save(LPG(predictions=5, width=4, core="gru"), twin)
+    for wrong, said in {
+        "pp0": "unknown baseline 'pp0': the nearest of",
+        str(optimizer): "slot 'optimizer': expected an objective",
+        f"{earlier},{twin}": "expected each once",
+    }.items():
         with pytest.raises(UserError, match=said):
-            evaluate(file, dataclasses.replace(SMALL, baselines=f"{wrong},{wrong}"), ["evaluate"])
+            evaluate(file, dataclasses.replace(SMALL, baselines=wrong), ["evaluate"])
 
 
 # --- learned optimizers -------------------------------------------------------------------------------------------

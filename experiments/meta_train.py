@@ -100,7 +100,7 @@ class _Session:
         self.validated = trainer.steps
         if not self.group.first:
             return float("nan")
-        scored = self.scorer(fresh_lives(self.family, trainer, "validation", recipe.validation_tasks))
+        scored = self.scorer(fresh_lives(recipe, self.family, trainer, "validation", recipe.validation_tasks))
         final, area = iqm(scored.final), iqm(scored.area)
         score = (final + area) / 2
         if score > self.best or not (self.run.path / ARTIFACT).exists():
@@ -131,7 +131,12 @@ class _Session:
             "environment_steps": self.trainer.environment_steps,
             "minutes": round(self.seconds / 60, 2),
             "seed": self.seed,
-            "validation": {"final": final, "area": area, "tasks": recipe.validation_tasks},
+            "validation": {
+                "final": final,
+                "area": area,
+                "tasks": recipe.validation_tasks,
+                "updates": recipe.validation_updates or self.trainer.lifetimes.horizon_range[1],
+            },
             "version": __version__,
         }
         if earlier := self.trainer.component.provenance:
@@ -165,12 +170,14 @@ class _Session:
         self.elapsed = float(saved["elapsed"])
 
 
-def fresh_lives(family: TaskFamily, trainer: MetaTrainer, split: Split, tasks: int, seed: int = 0) -> Curves:
+def fresh_lives(
+    recipe: Recipe, family: TaskFamily, trainer: MetaTrainer, split: Split, tasks: int, seed: int = 0
+) -> Curves:
     """One fresh agent on each of some held-out tasks, with the component as it is now, to the end of its life."""
     return learning_curves(
         family,
         trainer.algorithm,
-        trainer.lifetimes.horizon_range[1],
+        recipe.validation_updates or trainer.lifetimes.horizon_range[1],
         tasks=tasks,
         seeds=1,
         split=split,

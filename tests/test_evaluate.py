@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import experiments.evaluate as module
+import experiments.meta_train
 from experiments.cli import speaking
 from experiments.config_file import read_config
 from experiments.evaluate import FIGURE, STUDIES, TUNED, Evaluate, evaluate
@@ -198,9 +199,27 @@ def test_meta_training_shows_a_first_picture_and_can_be_extended(tmp_path, monke
     longer = dataclasses.replace(recipe, meta_steps=5, minutes=40.0, checkpoint_every=1)
     assert meta_train(MetaTrain(longer, out=out, resume=True), ["meta-train"]) == out / ARTIFACT
     assert read_metrics(out)["meta/grad_norm"][0].tolist() == [1, 2, 3, 4, 5]
+    assert artifacts.read_header(out / ARTIFACT)["provenance"]["validation"]["updates"] == 6
     assert read_json(out / CONFIG)["meta_steps"] == 5
     with pytest.raises(UserError, match="validate_every was 100 and is 50"):
         meta_train(MetaTrain(dataclasses.replace(longer, validate_every=50), out=out, resume=True), ["meta-train"])
+
+
+def test_lives_of_a_validation_may_be_shorter_than_those_of_meta_training(tmp_path, monkeypatch):
+    recipe = Recipe(
+        "tiny", "", "chain/short", "lpg", {"predictions": 3, "width": 4, "core": "gru"},
+        MetaTrainConfig(lifetimes=2, horizon=6, agent=AGENT, estimator=TruncatedConfig(window=2)),
+        meta_steps=1, validation_tasks=2, validation_updates=3,
+    )  # fmt: skip
+    lived, original = [], experiments.meta_train.learning_curves
+
+    def noted(family, algorithm, horizon, **options):
+        lived.append(horizon)
+        return original(family, algorithm, horizon, **options)
+
+    monkeypatch.setattr("experiments.meta_train.learning_curves", noted)
+    file = meta_train(MetaTrain(recipe, out=tmp_path / "run"), ["meta-train"])
+    assert lived == [3, 3] and artifacts.read_header(file)["provenance"]["validation"]["updates"] == 3
 
 
 def test_what_has_no_picture_is_still_described(tmp_path, monkeypatch, capsys):

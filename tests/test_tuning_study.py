@@ -735,8 +735,8 @@ def test_the_winner_is_trained_from_seeds_that_no_trial_had(monkeypatch, seed):
     monkeypatch.setattr(
         experiments.tuning.outer,
         "fresh_lives",
-        lambda family, trainer, split, tasks, seed=0: (
-            splits.append((split, tasks)) or lives(family, trainer, split, tasks, seed)
+        lambda recipe, family, trainer, split, tasks, seed=0: (
+            splits.append((split, tasks)) or lives(recipe, family, trainer, split, tasks, seed)
         ),
     )
     outer.evaluate(outer.settings, Listener())

@@ -49,11 +49,13 @@ class Recipe:
     """meta-steps between validations; the best component by validation is the one that is saved"""
     validation_tasks: int = 64
     """tasks of the validation side on which one fresh agent each lives at each validation"""
+    validation_updates: int | None = None
+    """agent updates of these lives; default: as many as the longest lifetimes of meta-training have"""
     checkpoint_every: int = 50
     """meta-steps between checkpoints"""
 
     def __post_init__(self) -> None:
-        names = ("meta_steps", "validate_every", "validation_tasks", "checkpoint_every")
+        names = ("meta_steps", "validate_every", "validation_tasks", "validation_updates", "checkpoint_every")
         at_least(1, **{name: getattr(self, name) for name in names})
         at_least(0, minutes=self.minutes)
 

@@ -6,7 +6,8 @@ outer loss of the policy's gradient with entropies of policy and predictions and
 plain Adam of 5e-4. The weights of these terms are theirs.
 
 Here every update learns from its own policy's experience (there: both of a window from the first one's, corrected by
-importance weights), agents are judged on the next rollout, and their outer critic is our own.
+importance weights), agents are judged on the next rollout, and their outer critic is our own. The two agents live
+through all of meta-training; to validate the rule fresh ones live for 200 updates.
 """
 
 import math
@@ -41,8 +42,9 @@ RECIPES = (
         component="disco103",
         meta_steps=800,
         minutes=30.0,
-        validate_every=800,
+        validate_every=400,
         validation_tasks=2,
+        validation_updates=200,
         train=MetaTrainConfig(
             lifetimes=2,
             horizon=1600,

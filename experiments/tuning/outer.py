@@ -194,7 +194,8 @@ class OuterStudy:
                 if not all(bool(p.isfinite().all()) for p in trainer.eta.values()):
                     raise Pruned(f"diverged: meta-parameters are not finite after {trainer.steps} meta-steps")
             if not last or rung == self.checkpoints:
-                yield [fresh_lives(family, trainer, split, tasks, self.seed if last else 0) for trainer in trainers]
+                drawn = self.seed if last else 0
+                yield [fresh_lives(recipe, family, trainer, split, tasks, drawn) for trainer in trainers]
 
 
 def _of_judging(recipe: Recipe, path: str) -> bool:

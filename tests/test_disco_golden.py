@@ -352,7 +352,7 @@ def test_a_meta_step(reference, disco, dtype):
     clear, theirs = adam.smallest > 1e-7, row(population, g, "agent_params2::")
     assert clear.double().mean() > 0.9
     near(inner.theta[clear], theirs[clear], 1e-5, "agent")
-    near(inner.theta, theirs, 5e-4, "agent, where gradients are tiny")
+    near(inner.theta, theirs, 5e-4 if dtype == torch.float32 else 2e-5, "agent, where gradients are tiny")
     near(critic.theta, torch.cat([torch.as_tensor(g[f"value_params2::{n}"]).flatten() for n in critic.names]), 2e-5)
     for name, value in moments(g, "value_{}_ema2_{}").items():
         kind, _, part = name.partition("_")

@@ -71,7 +71,7 @@ GROUPS: dict[str, Group] = {
     "optimizers": Group(optimizers.measure, "a step of learned optimizers beside torch's Adam"),
     "disco": Group(disco.measure, "learner steps and meta-steps of Disco103"),
     "scaling": Group(scaling.measure, "meta-training by two processes over that by one"),
-    "gpu": Group(gpu.measure, "lpg and grid on a CUDA device"),
+    "gpu": Group(gpu.measure, "lpg, grid and disco on a CUDA device"),
     "learning": Group(
         learning.measure, "learning curves beside Stable-Baselines3 (minutes)", default=False, files=True
     ),

@@ -44,17 +44,19 @@ class Probe:
 GAMMA, LIMIT = 0.9, 4
 
 PROBES = {
-    "constant": Probe(1, 1, 1, lambda s, a, t: torch.ones(len(s)), {0: 1.0}),
+    "constant": Probe(1, 1, 1, lambda s, a, t: torch.ones_like(s, dtype=torch.float32), {0: 1.0}),
     "observed": Probe(2, 1, 1, lambda s, a, t: 2.0 * s - 1, {0: -1.0, 1: 1.0}),
     "delayed": Probe(2, 1, 2, lambda s, a, t: (t == 1).float(), {0: GAMMA, 1: 1.0}, chain=True),
     "acted": Probe(1, 2, 1, lambda s, a, t: 1.0 - 2 * a, {0: 1.0}, {0: 0}),
     "both": Probe(2, 2, 1, lambda s, a, t: 2.0 * (a == s) - 1, {0: 1.0, 1: 1.0}, {0: 0, 1: 1}),
-    "truncated": Probe(1, 1, LIMIT, lambda s, a, t: torch.ones(len(s)), {0: 1 / (1 - GAMMA)}, timeout=True),
+    "truncated": Probe(
+        1, 1, LIMIT, lambda s, a, t: torch.ones_like(s, dtype=torch.float32), {0: 1 / (1 - GAMMA)}, timeout=True
+    ),
     "terminated": Probe(
         LIMIT,
         1,
         LIMIT,
-        lambda s, a, t: torch.ones(len(s)),
+        lambda s, a, t: torch.ones_like(s, dtype=torch.float32),
         {k: (1 - GAMMA ** (LIMIT - k)) / (1 - GAMMA) for k in range(LIMIT)},
         chain=True,
     ),
@@ -97,7 +99,7 @@ class ProbeVectorEnv(TaskVectorEnv):
         return torch.tensor(self.probe.length if self.probe.timeout else self.probe.length + 1)
 
     def _allocate(self) -> None:
-        self.state = torch.zeros(self.num_envs, dtype=torch.int64)
+        self.state = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
 
     def _begin(self, mask: Tensor) -> None:
         drawn = (self._uniform(self.num_envs) * self.probe.states).long()

@@ -10,7 +10,7 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench
-from experiments.benchmarks import gpu, grid, learning, lpg, memory, optimizers, ppo, scaling, threads
+from experiments.benchmarks import disco, gpu, grid, learning, lpg, memory, optimizers, ppo, scaling, threads
 from experiments.benchmarks.cleanrl_style import CleanRLStyle
 from experiments.benchmarks.contenders import NO_SB3, SB3, PPOSettings, has_sb3, ours, sb3
 from experiments.benchmarks.measure import Result, Rounds, fresh
@@ -106,9 +106,10 @@ def test_gpu_says_when_there_is_none(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is present")
-def test_gpu_runs_both_groups():
-    rows = gpu.measure(gpu.Settings(LPG, grid.Settings(tasks=2, copies=3, steps=4, repeats=3)))
-    assert len(rows) == 9 and all(r.group == "gpu" and r.value > 0 for r in rows)
+def test_gpu_runs_its_groups():
+    few = grid.Settings(tasks=2, copies=3, steps=4, repeats=3), disco.Settings(steps=4, repeats=3, warm_up=0)
+    rows = gpu.measure(gpu.Settings(LPG, *few))
+    assert len(rows) == 15 and all(r.group == "gpu" and r.value > 0 for r in rows)
 
 
 def test_threads_compare_one_with_two(monkeypatch):

@@ -6,6 +6,7 @@ the axes along which lifetimes and copies lie are written down once, in `AXES`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import typing
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from learned_rl.ppo import Algorithm, Slots
 from learned_rl.registry import components, make_family
 from learned_rl.trajectory import Trajectory, flatten_time
 from learned_rl.types import UserError
+from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
+from meta_optimizers.truncated import TruncatedConfig
 from objectives.bijectors import NUMBERS as LEARNABLE
 from objectives.contextual import Contextual, ContextualConfig
 from objectives.disco import Disco
@@ -112,6 +115,8 @@ def awake(component: Component) -> Component:
             weight.data.copy_(0.1 * torch.randn(weight.shape))
     return component
 
+
+GPU = pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 KINDS = components() | examples.EXAMPLES
 ALL = [
@@ -290,6 +295,10 @@ def test_memory_keeps_its_structure(kind, config):
         assert len(value) == 2 and torch.equal(value[0], value[1]), name  # a fresh lifetime is like any other
 
 
+def there(tree: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    return {k: v.to(device) for k, v in tree.items()}
+
+
 def kept(tree: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in tree.items() if k.startswith(("memory/", "state/"))}
 
@@ -311,8 +320,10 @@ def meta_gradient(given: Case) -> tuple[Tensor, ...]:
 
     Two updates of which nothing is judged come before, since some weights act through what a component remembers alone.
     """
+    device = given.data["theta"].device
     for seed in (1, 2):
-        earlier = case(given.component, seed).replaced(**kept(given.data))
+        drawn = case(copy.deepcopy(given.component).cpu(), seed).data
+        earlier = Case(given.component, there(drawn, device)).replaced(**kept(given.data))
         given = given.replaced(**kept(earlier.outputs()))
     theta = given.data["theta"].clone().requires_grad_(True)
     found = given.outputs(theta)
@@ -467,9 +478,10 @@ def test_agents_have_the_heads_it_asks_for(kind, config):
         assert (out.value is not None) == getattr(component, "needs_value", True)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
 @pytest.mark.parametrize("env", ["discrete", "tabular", "continuous"])
 @every
-def test_it_plugs_into_ppo(kind, config, env):
+def test_it_plugs_into_ppo(kind, config, env, device):
     """Two seeds, two updates: everything stays finite, and every seed moves."""
     families = {
         "discrete": lambda: ProbeFamily("both", as_numbers=True),
@@ -483,9 +495,9 @@ def test_it_plugs_into_ppo(kind, config, env):
     component = awake(kind(config))
     if refused := refusal(component, env):
         with pytest.raises(UserError, match=refused):
-            PPO(families[env](), settings, seeds=2, **{kind.slot: component})
+            PPO(families[env](), settings, seeds=2, device=device, **{kind.slot: component})
         return
-    agent = PPO(families[env](), settings, seeds=2, **{kind.slot: component})
+    agent = PPO(families[env](), settings, seeds=2, device=device, **{kind.slot: component})
     lifetimes = agent.lifetimes
     theta, memory = lifetimes.population.theta.clone(), {k: v.shape for k, v in lifetimes.memory.items()}
     agent.learn(2 * 16, lambda steps, metrics: None)
@@ -496,15 +508,31 @@ def test_it_plugs_into_ppo(kind, config, env):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@learned
+def test_it_is_meta_trained_on_a_gpu(kind, config, device="cuda"):
+    parts, hyper = 1 if getattr(kind, "whole_rollouts", False) else 2, Hyper(ent_coef=0.01)
+    agent = PPOConfig(n_envs=2, n_steps=8, n_minibatches=parts, hyper=hyper, agent=AgentConfig(hidden=(8,)))
+    torch.manual_seed(0)
+    trained = MetaTrainConfig(lifetimes=2, horizon=8, agent=agent, estimator=TruncatedConfig(window=4))
+    trainer = MetaTrainer(make_family("catch/5x5"), awake(kind(config)), trained, device=device)
+    before = {k: v.detach().clone() for k, v in trainer.problem.parameters.items()}
+    trainer.step()
+    after = trainer.problem.parameters
+    assert all(v.device.type == device and bool(v.isfinite().all()) for v in after.values())
+    assert any(bool((after[k] != before[k]).any()) for k in before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @every
 def test_gpu_and_cpu_agree(kind, config):
     given = case(build(kind, config))
     cpu = given.outputs()
     grads = meta_gradient(given) if list(given.component.parameters()) else ()
-    there = Case(given.component.cuda(), {k: v.cuda() for k, v in given.data.items()})
-    close({k: v.cpu() for k, v in there.outputs().items()}, cpu, rtol=1e-6, atol=1e-9)
+    moved = Case(given.component.cuda(), there(given.data, "cuda"))
+    close(there(moved.outputs(), "cpu"), cpu, rtol=1e-6, atol=1e-9)
     if grads:
-        for found, expected in zip(meta_gradient(there), grads, strict=True):
+        for found, expected in zip(meta_gradient(moved), grads, strict=True):
             assert_close(found.cpu(), expected, rtol=1e-6, atol=1e-9)
 
 

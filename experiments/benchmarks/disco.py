@@ -37,6 +37,7 @@ class Settings:
     repeats: int = 10
     """learner steps that are measured, and a quarter as many meta-steps"""
     warm_up: int = 2
+    device: str = "cpu"
 
 
 DEFAULT = Settings()
@@ -52,22 +53,29 @@ SIZES = {
 META_STEP = (6.4, 4.7)  # published seconds and GB
 
 
-def _gigabytes() -> float:
-    """The most memory that this process ever held."""
+def _measured(s: Settings, work: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+    """Median seconds, the share of matrix products, and peak memory in GB."""
+    for _ in range(s.warm_up):
+        work()
+    time = sorted(seconds(work, s.device) for _ in range(repeats))[repeats // 2]
+    return time, _share_of_products(work, s.device), _gigabytes(s.device)
+
+
+def _gigabytes(device: str) -> float:
+    """The most memory that this process ever held, or, on a device, that tensors took there."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def _median(work: Callable[[], object], warm_up: int, repeats: int) -> float:
-    for _ in range(warm_up):
+def _share_of_products(work: Callable[[], object], device: str) -> float:
+    """Of the time in torch's operators, on a device in their kernels, that of matrix products."""
+    cuda = torch.device(device).type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    with profile(activities=activities) as seen:
         work()
-    return sorted(seconds(work) for _ in range(repeats))[repeats // 2]
-
-
-def _share_of_products(work: Callable[[], object]) -> float:
-    """Of the time in torch's operators, that of matrix products."""
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        work()
-    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    events = [e for e in seen.key_averages() if e.key.startswith("aten::")]
+    times = {e.key: e.self_device_time_total if cuda else e.self_cpu_time_total for e in events}
     return sum(times.get(name, 0) for name in PRODUCTS) / sum(times.values())
 
 
@@ -76,23 +84,23 @@ def learner(s: Settings, agent: AgentConfig, batch: int) -> tuple[float, float, 
     torch.manual_seed(0)
     disco = Disco()
     settings = disco.settings(tabular=False) | {"n_envs": batch, "n_steps": s.steps, "replay_capacity": 0}
-    ppo = PPO(s.env, PPOConfig(**settings | {"agent": agent}), objective=disco)
-    lives, generator = ppo.lifetimes, torch.Generator()
+    ppo = PPO(s.env, PPOConfig(**settings | {"agent": agent}), objective=disco, device=s.device)
+    lives, generator = ppo.lifetimes, torch.Generator(s.device)
     trajectory = lives.collect(lives.plain())
     context = Context(lives.age, lives.horizon, lives.memory)
 
     def step() -> None:
         ppo.algorithm.update(lives.plain(), trajectory, context, lives.hyper, generator)
 
-    return _median(step, s.warm_up, s.repeats), _share_of_products(step), _gigabytes()
+    return _measured(s, step, s.repeats)
 
 
 def meta_step(s: Settings) -> tuple[float, float, float]:
     """Seconds of a meta-step of the recipe, the share of its matrix products, and peak memory in GB."""
     recipe = get_recipe("disco-catch")
     torch.manual_seed(0)
-    trainer = MetaTrainer(make_family(recipe.family), Disco(), recipe.train, 0)
-    return _median(trainer.step, s.warm_up, max(s.repeats // 4, 3)), _share_of_products(trainer.step), _gigabytes()
+    trainer = MetaTrainer(make_family(recipe.family), Disco(), recipe.train, 0, device=s.device)
+    return _measured(s, trainer.step, max(s.repeats // 4, 3))
 
 
 def measure(s: Settings = DEFAULT) -> list[Result]:

@@ -1,4 +1,4 @@
-"""The groups `lpg` and `grid` on the first CUDA device."""
+"""The groups `lpg`, `grid` and `disco` on the first CUDA device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments.benchmarks import grid, lpg
+from experiments.benchmarks import disco, grid, lpg
 from experiments.benchmarks.measure import Result
 
 
@@ -17,17 +17,19 @@ class Settings:
 
     lpg: lpg.Settings = lpg.DEFAULT
     grid: grid.Settings = grid.DEFAULT
+    disco: disco.Settings = disco.DEFAULT
 
 
 DEFAULT = Settings()
 
 
 def measure(s: Settings = DEFAULT) -> list[Result]:
-    """The rows of both groups, without their targets, which are for one CPU core."""
+    """The rows of all three groups, without their targets, which are for one CPU core."""
     if not torch.cuda.is_available():
         return [Result("gpu", "no CUDA device is present", None, "")]
     device = "cuda"
     rows = lpg.measure(dataclasses.replace(s.lpg, device=device))
     rows += grid.measure(dataclasses.replace(s.grid, device=device))
+    rows += disco.measure(dataclasses.replace(s.disco, device=device))
     name = torch.cuda.get_device_name()
     return [dataclasses.replace(r, group="gpu", target="", note=f"{name}; {r.note}") for r in rows]

@@ -115,7 +115,8 @@ class PPOConfig:
         ask for.
 
         What was trained on tables says nothing of networks, whose step sizes are worlds apart, and the other way round.
-        Of an objective only tables' settings are kept, and an optimizer beside an objective adds its step size.
+        On networks an objective keeps the settings only if it asks for some as it comes: others are plugged into an
+        ordinary PPO. An optimizer beside an objective adds its step size.
         """
         tabular = isinstance(observation_space, gymnasium.spaces.Discrete)
         if optimizer is not None:
@@ -126,10 +127,10 @@ class PPOConfig:
             return base if rate is None else dataclasses.replace(base, hyper=base.hyper.replace(learning_rate=rate))
         if objective is None:
             return cls(hyper=Hyper(learning_rate=0.05)) if tabular else cls()
-        trained = objective.provenance.get("agent")
-        if trained and tabular and objective.provenance.get("tabular", True):
+        trained, asked = objective.provenance.get("agent"), objective.settings(tabular)
+        if trained and (tabular or asked) and objective.provenance.get("tabular", True) == tabular:
             return cls.from_plain(trained)
-        return cls(**objective.settings(tabular))
+        return cls(**asked)
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:

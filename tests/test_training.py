@@ -18,6 +18,7 @@ from learned_rl.types import UserError
 from meta_optimizers.trainer import MetaTrainConfig, MetaTrainer
 from meta_optimizers.truncated import TruncatedConfig
 from objectives.lpg import LPG
+from objectives.lpo import LPO
 
 TABLE, NUMBERS = Discrete(5), Box(-1.0, 1.0, (3,))
 TINY = PPOConfig(n_envs=4, n_steps=5, n_epochs=1, n_minibatches=1)
@@ -86,7 +87,10 @@ def test_settings_suit_the_objective_and_the_observations():
     objective.provenance = {"agent": dataclasses.asdict(trained)}
     assert PPOConfig.suited(objective, TABLE) == trained and PPOConfig.suited(objective, NUMBERS) == network
     objective.provenance["tabular"] = False  # it was meta-trained with networks: tables need other steps
-    assert PPOConfig.suited(objective, TABLE) == table
+    assert PPOConfig.suited(objective, TABLE) == table and PPOConfig.suited(objective, NUMBERS) == trained
+    drift = LPO()  # any PPO will do
+    drift.provenance = objective.provenance
+    assert PPOConfig.suited(drift, NUMBERS) == PPOConfig()
 
 
 def test_a_lifetime_that_outlasts_its_horizon_stands_at_its_end():

@@ -96,7 +96,7 @@ RECIPES = (
             max_grad_norm=math.inf,
             agent=_agents(n_envs=16, learning_rate=1e-2, prediction_coef=0.01, hidden=64, model=64),
             estimator=TruncatedConfig(window=2, outer_terms="every"),
-            loss=OuterLossConfig(policy_entropy=0.03, regularisers=_REGULARISERS),
+            loss=OuterLossConfig(policy_entropy=0.003, regularisers=_REGULARISERS),
             critic=_critic(hidden=64, learning_rate=3e-3),
         ),
     ),

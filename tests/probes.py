@@ -43,20 +43,23 @@ class Probe:
 
 GAMMA, LIMIT = 0.9, 4
 
+
+def one(state: Tensor, action: Tensor, step: Tensor) -> Tensor:
+    return torch.ones_like(state, dtype=torch.float32)
+
+
 PROBES = {
-    "constant": Probe(1, 1, 1, lambda s, a, t: torch.ones_like(s, dtype=torch.float32), {0: 1.0}),
+    "constant": Probe(1, 1, 1, one, {0: 1.0}),
     "observed": Probe(2, 1, 1, lambda s, a, t: 2.0 * s - 1, {0: -1.0, 1: 1.0}),
     "delayed": Probe(2, 1, 2, lambda s, a, t: (t == 1).float(), {0: GAMMA, 1: 1.0}, chain=True),
     "acted": Probe(1, 2, 1, lambda s, a, t: 1.0 - 2 * a, {0: 1.0}, {0: 0}),
     "both": Probe(2, 2, 1, lambda s, a, t: 2.0 * (a == s) - 1, {0: 1.0, 1: 1.0}, {0: 0, 1: 1}),
-    "truncated": Probe(
-        1, 1, LIMIT, lambda s, a, t: torch.ones_like(s, dtype=torch.float32), {0: 1 / (1 - GAMMA)}, timeout=True
-    ),
+    "truncated": Probe(1, 1, LIMIT, one, {0: 1 / (1 - GAMMA)}, timeout=True),
     "terminated": Probe(
         LIMIT,
         1,
         LIMIT,
-        lambda s, a, t: torch.ones_like(s, dtype=torch.float32),
+        one,
         {k: (1 - GAMMA ** (LIMIT - k)) / (1 - GAMMA) for k in range(LIMIT)},
         chain=True,
     ),

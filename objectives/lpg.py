@@ -148,7 +148,7 @@ class LPG(Objective):
         reward, done = trajectory.reward, trajectory.done
         columns = [reward, done.to(reward.dtype), pi, embedded, next_embedded * ~done]
         if self.config.see_gamma:
-            columns.insert(2, torch.as_tensor(hyper.gamma).to(reward).expand_as(reward))
+            columns.insert(2, torch.as_tensor(hyper.gamma, dtype=reward.dtype, device=reward.device).expand_as(reward))
         if self.config.lifetime:
             progress, horizon = (v[:, None].to(reward.dtype) for v in (context.progress, context.horizon))
             columns += [progress.expand_as(reward), horizon.log().expand_as(reward)]

@@ -570,4 +570,4 @@ def test_the_suite_notices_what_is_not_saved(tmp_path, monkeypatch):
 
 def test_the_suite_notices_a_missing_head():
     with pytest.raises(KeyError, match="reward"):
-        test_it_plugs_into_ppo(examples.ForgetsAHead, examples.ForgetsAHead.Config(), "tabular")
+        test_it_plugs_into_ppo(examples.ForgetsAHead, examples.ForgetsAHead.Config(), "tabular", "cpu")

@@ -169,10 +169,8 @@ class LPG(Objective):
         kl = (y * ((y + EPS).log() - (batch["y_hat"] + EPS).log())).sum(-1)
         policy_loss, prediction_loss = lifetime_mean(log_pi * batch["pi_hat"]), lifetime_mean(kl)
         metrics = {"policy_loss": policy_loss, "prediction_loss": prediction_loss}
-        # stop: only to look at
-        return policy_loss + per_lifetime(hyper.prediction_coef) * prediction_loss, {
-            k: v.detach() for k, v in metrics.items()
-        }
+        loss = policy_loss + per_lifetime(hyper.prediction_coef) * prediction_loss
+        return loss, {k: v.detach() for k, v in metrics.items()}  # stop: only to look at
 
     def agent_regularisers(self, out: AgentOutput, action: Tensor) -> Metrics:
         """Entropy of y (to be raised); section 3.4."""

@@ -11,6 +11,7 @@ import tyro
 
 from experiments.config_file import configured
 from experiments.options import listed
+from learned_rl import artifacts
 from learned_rl.component import SLOTS, Component
 from learned_rl.registry import components
 from learned_rl.tasks.base import unknown
@@ -53,7 +54,7 @@ def plugs(args: Plugged, linear_decay: bool) -> dict[str, Plug]:
         linear_decay: whether the learning rate falls over the lifetime, which a part that learns numbers must know.
 
     Raises:
-        UserError: settings of a slot that is empty or holds a file, or that its part does not know.
+        UserError: settings of a slot that is empty, or that its part does not know.
     """
     settings: dict[str, dict[str, Any]] = {slot: {} for slot in SLOTS}
     named: dict[str, str | None] = {slot: getattr(args, slot) for slot in SLOTS}
@@ -77,16 +78,20 @@ def plugs(args: Plugged, linear_decay: bool) -> dict[str, Plug]:
 
 
 def _made(slot: str, name: str | None, settings: dict[str, Any]) -> Callable[[], Component]:
-    """What makes the registered part with these settings."""
-    if name is None or name not in components():
-        raise UserError(
-            f"--set has settings for the {slot} slot, which holds {name or 'its default'}: expected a name."
-        )
-    part = components()[name]
-    if wrong := [k for k in settings if k not in _known(name)]:
-        raise unknown(f"setting of {name}", wrong[0], _known(name))
-    config = configured(part.Config(), settings, f"settings of {name}")
-    return lambda: part(config)
+    """What makes the registered part, or the one in a file, with these settings."""
+    if name is None:
+        raise UserError(f"--set has settings for the {slot} slot, which holds its default: expected a name or a file.")
+    kind = components().get(name)
+    given = kind.Config() if kind else artifacts.get(name).config
+    known = [f.name for f in fields(given)]
+    if wrong := [k for k in settings if k not in known]:
+        raise unknown(f"setting of {name}", wrong[0], known)
+    config = configured(given, settings, f"settings of {name}")
+    if kind:
+        return lambda: kind(config)
+    changes = {k: getattr(config, k) for k in settings}
+    artifacts.load(name, **changes)  # so that weights which do not fit are told before anything is made
+    return lambda: artifacts.load(name, **changes)
 
 
 def _known(name: str | None) -> list[str]:

@@ -61,8 +61,11 @@ def read_header(path: Path | str) -> dict[str, Any]:
     return _open(Path(path))[0]
 
 
-def load(path: Path | str) -> Component:
+def load(path: Path | str, **changes: Any) -> Component:
     """The component in a file, ready to plug in.
+
+    Args:
+        changes: settings in place of the file's, where its weights fit them too.
 
     Raises:
         UserError: the file is missing, damaged or not one of ours; its component is not registered, speaks another
@@ -80,7 +83,7 @@ def load(path: Path | str) -> Component:
             f"speaks {kind.contract}: use the release that wrote it."
         )
     try:
-        component = kind.from_config(header["config"])
+        component = kind.from_config(header["config"] | changes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:

@@ -67,6 +67,10 @@ class CategoricalValue:
         index, weights = self._neighbours(target)
         return -(log_softmax(logits).gather(-1, index) * weights).sum(-1)
 
+    def holds(self, x: Tensor) -> Tensor:
+        """[...] bool, whether values [...] lie between the outermost bins; others are taken for those bins' values."""
+        return signed_hyperbolic(x).abs() <= self.support
+
     def _neighbours(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[..., 2] the bins below and above h(x), and their weights."""
         where = signed_hyperbolic(x).clamp(-self.support, self.support)

@@ -255,6 +255,7 @@ class Disco(Objective):
         metrics["entropy"] = lifetime_mean(out.policy.entropy())
         metrics["prediction_loss"] = means["y"] + means["z"]
         metrics["next_policy_loss"] = means["next_policy"]
+        metrics["beyond_bins"] = lifetime_mean((~self.value.holds(batch["return"])).to(q.dtype))
         return loss, {k: v.detach() for k, v in metrics.items()}  # stop: only to look at
 
     def agent_regularisers(self, out: AgentOutput, action: Tensor) -> Metrics:

@@ -17,6 +17,7 @@ from learned_rl.artifacts import FORMAT, get, load, read_header, save
 from learned_rl.component import Component, NoConfig
 from learned_rl.registry import components
 from learned_rl.types import UserError
+from objectives.disco import Disco
 from objectives.dpo import DPO, DPOConfig
 from objectives.lpg import LPG
 
@@ -73,6 +74,17 @@ def _values(x, y):
 def test_round_trip(lpg, file):
     assert same(load(file), lpg)
     assert load(file).state_dict()["core.weight_h"].dtype == torch.float32
+
+
+def test_settings_that_the_weights_fit_may_be_others(tmp_path):
+    torch.manual_seed(0)
+    disco, path = Disco(predictions=3, width=2, lifetime_width=2, embedding=2), tmp_path / "rule.safetensors"
+    save(disco, path)
+    changed = load(path, support=2, target_decay=0.5)
+    assert changed.config == dataclasses.replace(disco.config, support=2, target_decay=0.5)
+    assert all(torch.equal(v, disco.state_dict()[k]) for k, v in changed.state_dict().items())
+    assert "has shape [2, 3], expected [2, 4]" in refusal(path, lambda path: load(path, predictions=4))
+    assert "'suport'" in refusal(path, lambda path: load(path, suport=4))
 
 
 def test_double_precision_stays(lpg, tmp_path):

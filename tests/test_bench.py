@@ -14,8 +14,11 @@ from experiments.benchmarks import disco, gpu, grid, learning, lpg, memory, opti
 from experiments.benchmarks.cleanrl_style import CleanRLStyle
 from experiments.benchmarks.contenders import NO_SB3, SB3, PPOSettings, has_sb3, ours, sb3
 from experiments.benchmarks.measure import Result, Rounds, fresh
+from experiments.recipes import get_recipe
+from learned_rl.agents import AgentConfig
 from learned_rl.returns import gae
 from learned_rl.types import UserError
+from objectives.disco import Disco
 
 LPG = lpg.Settings(lifetimes=2, copies=3, steps=4, window=2, predictions=5, widths=(256, 8), warm_up=1, repeats=3)
 TOY_PPO = PPOSettings(n_envs=2, n_steps=16, n_epochs=2, batch_size=16, hidden=(8, 8))
@@ -110,6 +113,19 @@ def test_gpu_runs_its_groups():
     few = grid.Settings(tasks=2, copies=3, steps=4, repeats=3), disco.Settings(steps=4, repeats=3, warm_up=0)
     rows = gpu.measure(gpu.Settings(LPG, *few))
     assert len(rows) == 15 and all(r.group == "gpu" and r.value > 0 for r in rows)
+
+
+def test_disco_measures_learner_steps_and_meta_steps(monkeypatch):
+    name, (_, batch, published) = next(iter(disco.SIZES.items()))
+    tiny = AgentConfig("action_conditional", (8,), "relu", model=4, head_hidden=(4,))
+    monkeypatch.setattr(disco, "Disco", lambda: Disco(predictions=4, support=1, width=4, lifetime_width=4))
+    monkeypatch.setattr(disco, "SIZES", {name: (tiny, batch, published)})
+    monkeypatch.setattr(disco, "get_recipe", lambda name: get_recipe(f"{name}-small"))
+    monkeypatch.setattr(disco, "fresh", lambda n, function, *args: function(*args))
+    rate, memory, step, most = disco.measure(disco.Settings(steps=3, repeats=3, warm_up=0))
+    assert rate.ratio == pytest.approx(rate.value / published) and step.ratio == pytest.approx(step.value / 6.4)
+    assert 0.1 < memory.value <= most.value and most.ratio == pytest.approx(most.value / 4.7)  # of one process
+    assert all(0 < int(r.note.split("%")[0]) < 100 for r in (rate, step))
 
 
 def test_threads_compare_one_with_two(monkeypatch):

@@ -236,6 +236,16 @@ def test_the_loss_by_its_formula():
         assert_close(metrics["value_loss"][p], (values / n).detach(), rtol=1e-7, atol=0)
 
 
+def test_returns_that_no_bin_holds_are_told():
+    """h(14.8) is just below 3, the largest bin, and h(15) above."""
+    rule, tr = small(), lived()
+    returns = torch.full((T, P, B), 14.8, dtype=torch.float64)
+    returns[0, 1] = 15.0
+    rows = {"action": tr.action} | prepared(rule, tr)[0] | {"return": returns}
+    told = rule.loss(agents(rule)(tr.obs).map(lambda x: x[:-1]), rows, HYPER)[1]["beyond_bins"]
+    assert_close(told, torch.eye(P, dtype=torch.float64)[1] / T)
+
+
 def test_the_divergence_is_that_of_torch():
     g = torch.Generator().manual_seed(0)
     for n in (3, 40):  # another kernel for long ones

@@ -22,6 +22,7 @@ from learned_rl import artifacts
 from learned_rl.evaluation import Curves
 from learned_rl.types import UserError
 from meta_optimizers.self_tuning import SelfTuningConfig
+from objectives.disco import Disco
 from objectives.lirpg import LIRPG
 from objectives.lpg import LPG
 from objectives.self_tuned import SelfTuned
@@ -177,6 +178,13 @@ def test_parts_that_say_numbers_know_that_the_learning_rate_falls(words, decays)
     settings = {"hyperparameters": named.get("--hyperparameters"), "self_tune": named.get("--self-tune")}
     part = plugs(Plugged(**settings, set=tuple(named[k] for k in ("--set",) if k in named)), linear_decay=True)
     assert part["hyperparameters"]().config.linear_decay == decays
+
+
+def test_a_part_in_a_file_takes_settings_that_its_weights_fit(tmp_path):
+    path = tmp_path / "rule.safetensors"
+    artifacts.save(Disco(predictions=3, width=2, lifetime_width=2, embedding=2), path)
+    rule = plugs(Plugged(objective=str(path), set=("objective.support=2",)), linear_decay=False)["objective"]()
+    assert (rule.config.support, rule.config.predictions) == (2, 3)
 
 
 @pytest.mark.parametrize(

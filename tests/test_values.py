@@ -75,6 +75,8 @@ def test_values_beyond_the_support_fall_into_the_outermost_bin(value):
     assert found.tolist() == [float(k == (8 if value > 0 else 0)) for k in range(9)]
     loss = SMALL.loss(torch.zeros(1, 9, dtype=torch.float64), double(value))
     assert_close(loss, double(9).log())
+    assert not SMALL.holds(double(value))
+    assert SMALL.holds(signed_parabolic(double(-4, -3.9, 4, 4.1)) * (1 - 1e-12)).tolist() == [True, True, True, False]
 
 
 def test_what_is_not_a_number_spoils_no_other_value():

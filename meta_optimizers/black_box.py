@@ -10,11 +10,10 @@ and pandas with it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from cmaes import CMA, SepCMA
 from torch import Tensor
 
 from learned_rl.spaces import LogUniform, searched
@@ -22,6 +21,9 @@ from learned_rl.types import Tree, UserError, at_least, stream_seed
 from meta_optimizers.estimator import Estimate
 from meta_optimizers.evolution import Stacked, StackedConfig, everyone, seen
 from meta_optimizers.problem import Eta, Problem
+
+if TYPE_CHECKING:
+    from cmaes import CMA, SepCMA
 
 LARGEST = 2000  # numbers in eta with a full covariance
 MEMORY = 2e8  # numbers in the outer products of all members, which the library holds at once
@@ -110,6 +112,8 @@ class BlackBox(Stacked):
 
     def _begun(self, mean: Tensor, members: int) -> CMA | SepCMA:
         """A strategy around a mean [d]."""
+        from cmaes import CMA, SepCMA  # with scipy.stats, half as slow to import as torch
+
         self._fits(mean.numel(), members)
         kind = SepCMA if self.config.separable else CMA
         return kind(mean.double().cpu().numpy().copy(), self.config.sigma, population_size=members)

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+import scipy  # whose `stats` are imported where first used
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from learned_rl.component import Metrics, finite
@@ -158,7 +158,7 @@ def _as_it_is(cost: Tensor) -> Tensor:
 
 def centred_rank(cost: Tensor) -> Tensor:
     """Ranks among all members, from -0.5 (the best) to 0.5; ties share their average, what is not finite is worst."""
-    ranks = torch.as_tensor(rankdata(torch.where(cost.isfinite(), cost, torch.inf).flatten().cpu().numpy()))
+    ranks = torch.as_tensor(scipy.stats.rankdata(torch.where(cost.isfinite(), cost, torch.inf).flatten().cpu().numpy()))
     return ((ranks - 1) / (cost.numel() - 1) - 0.5).to(cost).view_as(cost)
 
 

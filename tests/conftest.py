@@ -1,3 +1,4 @@
+import gc
 import pathlib
 import sys
 
@@ -7,6 +8,12 @@ import torch
 torch.set_num_threads(1)
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "shared" / "golden"
+
+
+def pytest_collection_finish():
+    """What was imported stays until the end: the collector need not look at it a hundred times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

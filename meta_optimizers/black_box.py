@@ -112,7 +112,7 @@ class BlackBox(Stacked):
 
     def _begun(self, mean: Tensor, members: int) -> CMA | SepCMA:
         """A strategy around a mean [d]."""
-        from cmaes import CMA, SepCMA  # with scipy.stats, half as slow to import as torch
+        from cmaes import CMA, SepCMA  # it imports scipy.stats, which takes half as long as torch
 
         self._fits(mean.numel(), members)
         kind = SepCMA if self.config.separable else CMA

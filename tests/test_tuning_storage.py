@@ -1019,14 +1019,27 @@ class TestPostgreSQL:
 
 
 def optimize_forever(told: Connection, url: str) -> None:
+    """Speaks once its first heartbeat is on the server: that comes from a thread, which may be slow to start."""
+
     def objective(trial: optuna.Trial) -> float:
         point(trial)
+        await_heartbeat(url, trial.number)
         hang(told, trial.number, trial.params)
         return 0.0
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         opened(url).optimize(objective, n_trials=1)
+
+
+def await_heartbeat(url: str, number: int) -> None:
+    query = sqlalchemy.text("SELECT count(*) FROM trial_heartbeats JOIN trials USING (trial_id) WHERE number = :number")
+    storage, deadline = open_storage(url), time.monotonic() + 60
+    assert isinstance(storage, RDBStorage)
+    with storage.engine.connect() as connection:
+        while not connection.execute(query, {"number": number}).scalar():
+            assert time.monotonic() < deadline, "no heartbeat within a minute"
+            time.sleep(0.05)
 
 
 def test_a_server_needs_no_folder(tmp_path, monkeypatch):

@@ -60,6 +60,9 @@ class Evaluate:
     steps"""
     n_envs: int | None = None
     """parallel copies of the environment in each lifetime; default: as in meta-training"""
+    baseline_envs: int | None = None
+    """copies of the environment for the baselines of an objective, where theirs should be others: who updates from
+    fewer copies updates more often on as many environment steps"""
     config: Path | None = None
     """file whose config table has settings of the learned method's agents, as the best.toml of `learned-rl tune`;
     default: those that suit it"""
@@ -83,7 +86,7 @@ class Evaluate:
     """torch device"""
 
     def __post_init__(self) -> None:
-        names = ("tasks", "seeds", "updates", "n_envs", "tuning_tasks", "checkpoints", "episodes")
+        names = ("tasks", "seeds", "updates", "n_envs", "baseline_envs", "tuning_tasks", "checkpoints", "episodes")
         at_least(1, **{name: getattr(self, name) for name in names})
         at_least(0, trials=self.trials, seed=self.seed)
         usable_device(self.device)
@@ -143,7 +146,7 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
             parts = _untrained(learned)
             chosen.append(dataclasses.replace(chosen[0], name=name, parts=parts, sources={}, tuned=True))
         else:
-            chosen.append(rivals(name, chosen[0], family))
+            chosen.append(rivals(name, chosen[0], family, args.baseline_envs))
         if chosen[-1].name in [method.name for method in chosen[:-1]]:
             raise UserError(f"Two methods are called {chosen[-1].name!r}: expected each once.")
     return chosen
@@ -157,21 +160,29 @@ def _suited(learned: Objective | UpdateRule, family: TaskFamily) -> PPOConfig:
     return PPOConfig.suited(None, space, learned)
 
 
-def _of_objectives(name: str, first: Method, family: TaskFamily) -> Method:
+def _of_objectives(name: str, first: Method, family: TaskFamily, copies: int | None) -> Method:
     """A baseline of a learned objective: another algorithm, with as many environment steps."""
     if name not in BASELINES and not name.endswith(artifacts.SUFFIX):
         raise unknown("baseline", name, [*BASELINES, f"the {artifacts.SUFFIX} file of another objective"])
-    config = first.config
     settings, objective = competitor(name, family.observation_space)
-    settings = dataclasses.replace(settings, n_envs=config.n_envs, n_steps=config.n_steps)
+    n_envs, updates = copies or first.config.n_envs, first.horizon * first.config.n_envs
+    settings = dataclasses.replace(settings, n_envs=n_envs, n_steps=first.config.n_steps)
+    if updates % n_envs:
+        raise UserError(
+            f"baseline_envs is {n_envs}, which does not divide the {first.horizon} updates x {first.config.n_envs} "
+            f"copies of {first.name!r}: expected a divisor of {updates}, or another number of updates."
+        )
+    horizon = updates // n_envs
     if objective is None:
-        return Method(name, settings, {}, {}, first.horizon, True)
+        return Method(name, settings, {}, {}, horizon, True)
     called = name if name == "dpo" else _called(objective, name, first)
-    return Method(called, settings, {"objective": objective}, {"objective": name}, first.horizon, True)
+    return Method(called, settings, {"objective": objective}, {"objective": name}, horizon, True)
 
 
-def _of_optimizers(name: str, first: Method, family: TaskFamily) -> Method:
+def _of_optimizers(name: str, first: Method, family: TaskFamily, copies: int | None) -> Method:
     """A baseline of a learned optimizer: the same algorithm moved by another rule, hand-made or of another file."""
+    if copies is not None:
+        raise UserError(f"baseline_envs is {copies}, but an optimizer's baselines move the same agents: expected none.")
     tabular = isinstance(family.observation_space, Discrete)
     if name in RULES:
         networks = {"sgd": 0.1, "momentum": 0.1}.get(name, 1e-3)

@@ -62,6 +62,13 @@ class AgentOutput:
             return (self.value - target).square()
         return CategoricalValue.of(self.bins).loss(self.bins, target)
 
+    def beyond_bins(self, target: Tensor) -> dict[str, Tensor]:
+        """What to log of a categorical value: [...] 1 where its bins do not hold the target [...], and it learns the
+        outermost one instead; nothing of others."""
+        if self.bins is None:
+            return {}
+        return {"beyond_bins": (~CategoricalValue.of(self.bins).holds(target)).to(target.dtype)}
+
     def detach(self) -> AgentOutput:
         """Values only; the caller says why."""
         return self.map(torch.Tensor.detach)  # stop: as asked

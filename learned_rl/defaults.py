@@ -79,6 +79,7 @@ class PPOClip(Objective):
                 "approx_kl": lifetime_mean(ratio - 1 - log_ratio),
                 "clip_fraction": lifetime_mean(((ratio - 1).abs() > hyper.clip_range).to(ratio.dtype)),
             }
+            metrics |= {k: lifetime_mean(v) for k, v in out.beyond_bins(batch["returns"]).items()}
         return loss, {k: v.detach() for k, v in metrics.items()}  # stop: only to look at
 
     def policy_loss(self, ratio: Tensor, log_ratio: Tensor, advantage: Tensor, hyper: Hyper) -> Tensor:

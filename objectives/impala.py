@@ -82,7 +82,7 @@ class Impala(Objective):
                 "entropy": entropy,
                 "approx_kl": ratio - 1 - log_ratio,
                 "clip_fraction": ((ratio - 1).abs() > hyper.clip_range).to(ratio.dtype),
-            }
+            } | out.beyond_bins(target)
             return loss, {k: lifetime_mean(v) for k, v in metrics.items()}
 
     def targets(self, value: Tensor, log_ratio: Tensor, batch: Batch, hyper: Hyper) -> tuple[Tensor, Tensor]:

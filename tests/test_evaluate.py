@@ -281,6 +281,27 @@ def test_lifetimes_may_have_more_copies_than_in_meta_training(tmp_path, file):
             assert each.returns.steps[-1] == 4 * 5 * AGENT.n_steps
 
 
+def test_baselines_may_have_copies_of_their_own_on_as_many_steps(tmp_path, file, monkeypatch):
+    compared = []
+    original = module.learning_curves
+
+    def noted(family, algorithm, horizon, **options):
+        compared.append((algorithm.slots.objective.name, algorithm.config.n_envs, horizon))
+        return original(family, algorithm, horizon, **options)
+
+    monkeypatch.setattr(module, "learning_curves", noted)
+    args = dataclasses.replace(SMALL, baselines="dpo,untrained", n_envs=1, updates=8, baseline_envs=4, trials=0)
+    evaluate(file, dataclasses.replace(args, out=tmp_path / "run"), ["evaluate"])
+    assert compared == [("lpg", 1, 8), ("dpo", 4, 2), ("lpg", 1, 8)], "an untrained rule is plugged as the trained one"
+    ends = {int(each.returns.steps[-1]) for each in read_scores(tmp_path / "run" / SCORES)}
+    assert ends == {8 * AGENT.n_steps}
+    with pytest.raises(UserError, match=r"baseline_envs is 3, which does not divide the 8 updates x 1 copies of 'lpg'"):
+        evaluate(file, dataclasses.replace(args, baseline_envs=3), ["evaluate"])
+    learned = optimizer_file(tmp_path / "o.safetensors", "optim4rl", 0.02)
+    with pytest.raises(UserError, match="baseline_envs is 4, but an optimizer's baselines move the same agents"):
+        evaluate(learned, dataclasses.replace(args, baselines="adam"), ["evaluate"])
+
+
 def test_without_trials_nothing_is_tuned(tmp_path, file):
     for i, changes in enumerate(({"trials": 0}, {"baselines": "", "tune_learned": False})):
         out = tmp_path / str(i)

@@ -22,7 +22,7 @@ from learned_rl.registry import make_component
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import UserError
 from learned_rl.update_rules import SGD
-from learned_rl.values import CategoricalValue
+from learned_rl.values import CategoricalValue, signed_hyperbolic
 from objectives.lpg import LPG
 
 SMALL = PPOConfig(n_envs=3, n_steps=5, n_epochs=2, n_minibatches=3, hyper=Hyper(learning_rate=0.01, ent_coef=0.01))
@@ -445,6 +445,7 @@ def test_a_categorical_value_learns_by_cross_entropy(objective):
     agents = Population(make_agent(config.agent, experience.SPACES["mlp"], Discrete(3)), 2, torch.float64)
     agents.theta.data.copy_(torch.randn(agents.theta.shape, generator=g, dtype=torch.float64))
     tr = experience.trajectory(experience.SPACES["mlp"], 0)
+    tr = dataclasses.replace(tr, reward=8 * tr.reward)  # so that some returns are beyond the bins
     out = agents(tr.obs)
     assert out.bins.shape == (6, 2, 3, 7) and torch.equal(out.value, value.mean(out.bins))
     hyper = Hyper(vf_coef=0.7)
@@ -462,6 +463,9 @@ def test_a_categorical_value_learns_by_cross_entropy(objective):
     entropy = -(value.two_hot(target) * now.bins.log_softmax(-1)).sum(-1).mean((0, 2))
     assert_close(metrics["value_loss"], entropy.detach())
     assert_close(loss - scalar, 0.7 * (metrics["value_loss"] - of_scalar["value_loss"]))
+    beyond = (signed_hyperbolic(target).abs() > 3).double().mean((0, 2))
+    assert (beyond > 0).all() and (beyond < 1).all() and "beyond_bins" not in of_scalar
+    assert_close(metrics["beyond_bins"], beyond)
 
 
 def test_a_categorical_value_has_no_distance_to_clip():

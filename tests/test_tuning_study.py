@@ -900,13 +900,13 @@ def test_one_trial_too_many_is_not_counted(file):
 
 def test_no_new_trial_begins_after_the_timeout(file):
     def evaluate(settings, trial):
-        time.sleep(0.05)
+        time.sleep(1.0)
         return settings.x
 
     search = searching(file, by(evaluate), timeout=0.0)
     search.run()
     assert not finished(search)
-    searching(file, by(evaluate), timeout=0.04 / 60).run()
+    searching(file, by(evaluate), timeout=1.0 / 60).run()
     assert len(finished(search)) == 1
 
 
@@ -1002,11 +1002,12 @@ def test_workers_share_a_study_exactly(tmp_path, name):
         return settings.x
 
     def work() -> None:
-        until((tmp_path / "go").exists)
-        searching(tmp_path / name, by(evaluate), trials=15).run()
+        search = searching(tmp_path / name, by(evaluate), trials=15)
+        ready.wait(60)
+        search.run()
 
+    ready = FORK.Barrier(3)
     workers = [start(work) for _ in range(3)]
-    (tmp_path / "go").touch()
     for worker in workers:
         worker.join()
     assert [worker.exitcode for worker in workers] == [0, 0, 0]

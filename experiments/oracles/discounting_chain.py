@@ -21,6 +21,8 @@ here they are zero.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ class DiscountingChain(Problem):
 
     Args:
         lifetimes:    P.
-        outer_critic: judge with V_1 instead of V_gamma.
+        outer_critic: judge with V_1 instead of V_gamma; one for all agents, or P of them.
         normalize:    advantages have mean 0 and variance 1 over the data.
         episodes:     drawn for each update; None: exact expectations.
     """
@@ -51,13 +53,14 @@ class DiscountingChain(Problem):
     def __init__(
         self,
         lifetimes: int = 1,
-        outer_critic: bool = False,
+        outer_critic: bool | Sequence[bool] = False,
         normalize: bool = False,
         episodes: int | None = None,
         seed: int = 0,
     ) -> None:
         self.lifetimes, self.group = lifetimes, Group()
-        self.outer_critic, self.normalize, self.episodes = outer_critic, normalize, episodes
+        self.outer_critic = torch.tensor(outer_critic)
+        self.normalize, self.episodes = normalize, episodes
         self.generator = stream("discounting chain", seed)
         chain, t = torch.arange(CHAINS).repeat_interleave(STEPS - 1), torch.arange(1, STEPS).repeat(CHAINS)
         first = torch.tensor([[-1.0, 0.0]], dtype=torch.float64)
@@ -114,7 +117,7 @@ class DiscountingChain(Problem):
 
     def judge(self, state: Tree, data: Tree, eta: Eta, importance: bool = False, bare: bool = False) -> Tensor:
         one = torch.ones((), dtype=torch.float64)
-        critic = one if self.outer_critic else self.gamma(eta)
+        critic = torch.where(self.outer_critic, one, self.gamma(eta))
         return self._loss(state["theta"], data, one, critic, 0.0 if bare else ENTROPY, importance)
 
     def cost(self, data: Tree) -> Tensor:

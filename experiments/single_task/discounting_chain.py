@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,29 +55,33 @@ def estimator(variant: str, window: int = 1) -> TruncatedMetaGradient:
     return TruncatedMetaGradient(TruncatedConfig(window=window))
 
 
-def learn(variant: str, steps: int, lifetimes: int = 1, **settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Expected returns and discounts [P] after every meta-step; each of P agents has a discount of its own."""
-    problem = DiscountingChain(lifetimes, outer_critic=OUTER[variant], **settings)
-    gamma = nn.Parameter(torch.zeros(lifetimes, dtype=torch.float64))
-    config = OuterConfig(learning_rate=0.0 if variant == "A2C" else 0.1, max_grad_norm=math.inf)
-    loop = OuterLoop(problem, {"gamma": gamma}, estimator(variant), config, stacked=True)
+def learn(variants: Sequence[str], steps: int, **settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Expected returns and discounts [P] after every meta-step of P agents, each with a discount of its own.
+
+    Args:
+        variants: of each agent; they differ in their outer critic alone.
+    """
+    problem = DiscountingChain(len(variants), [OUTER[variant] for variant in variants], **settings)
+    gamma = nn.Parameter(torch.zeros(len(variants), dtype=torch.float64))
+    config = OuterConfig(learning_rate=0.0 if "A2C" in variants else 0.1, max_grad_norm=math.inf)
+    loop = OuterLoop(problem, {"gamma": gamma}, estimator(variants[0]), config, stacked=True)
     for _ in range(steps):
         loop.step()
         yield problem.expected_return(), problem.gamma(loop.present)
 
 
 def main(args: Chain) -> None:
-    drawn = {"lifetimes": args.seeds, "episodes": args.episodes, "normalize": True}
-    runs = {"exact": (args.exact, {}), "drawn, normalised": (args.drawn, drawn)}
+    drawn = {"episodes": args.episodes, "normalize": True}
+    runs = {"exact": (args.exact, 1, {}), "drawn, normalised": (args.drawn, args.seeds, drawn)}
     args.out.mkdir(parents=True, exist_ok=True)
     figure, axes = panels(2 * len(runs), columns=2)
     handles: dict[str, Artist] = {}
     with (args.out / "curves.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["data", "variant", "meta-step", "seed", "return", "gamma"])
-        for (data, (steps, settings)), beside in zip(runs.items(), (axes[:2], axes[2:]), strict=True):
+        for (data, (steps, agents, settings)), beside in zip(runs.items(), (axes[:2], axes[2:]), strict=True):
             for variant, colour in zip(OUTER, COLOURS, strict=False):
-                seen = [torch.stack(both, 1) for both in learn(variant, steps, **settings)]
+                seen = [torch.stack(both, 1) for both in learn([variant] * agents, steps, **settings)]
                 curves = seen[args.every - 1 :: args.every]
                 at = range(args.every, steps + 1, args.every)
                 for step, rows in zip(at, curves, strict=True):

@@ -56,20 +56,20 @@ class Evaluate:
     seeds: int = 4
     """agents on each task"""
     updates: int | None = None
-    """agent updates of the learned method in a lifetime; default: as in meta-training. Others get as many environment
-    steps"""
+    """agent updates of the learned method in a lifetime; default: as in meta-training, where the file tells. Others get
+    as many environment steps"""
     n_envs: int | None = None
     """parallel copies of the environment in each lifetime; default: as in meta-training"""
     baseline_envs: int | None = None
-    """copies of the environment for the baselines of an objective, where theirs should be others: who updates from
-    fewer copies updates more often on as many environment steps"""
+    """copies of the environment for an objective's baselines other than untrained, where theirs should be others: who
+    updates from fewer copies updates more often on as many environment steps"""
     config: Path | None = None
     """file whose config table has settings of the learned method's agents, as the best.toml of `learned-rl tune`;
     default: those that suit it"""
     trials: int = 48
     """Optuna trials for each method that is tuned; 0: default settings"""
     tune_learned: bool = True
-    """whether the learned method has as many trials as the others, for its agents' step size and prediction weight"""
+    """whether the learned method has as many trials as the others, for those numbers of theirs that it reads"""
     tuning_tasks: int = 32
     """validation tasks on which trials are scored"""
     checkpoints: int = 10
@@ -133,7 +133,7 @@ def _learned(path: Path) -> Objective | UpdateRule:
 def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, args: Evaluate) -> list[Method]:
     """The competitors, the learned one first."""
     rivals = _of_objectives if isinstance(learned, Objective) else _of_optimizers
-    updates = args.updates or _default_updates(learned)
+    updates = args.updates or _default_updates(learned, path)
     names = args.baselines if args.baselines is not None else BASELINES_OF[learned.slot]
     config = _suited(learned, family)
     if args.config is not None:
@@ -149,6 +149,12 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
             chosen.append(rivals(name, chosen[0], family, args.baseline_envs))
         if chosen[-1].name in [method.name for method in chosen[:-1]]:
             raise UserError(f"Two methods are called {chosen[-1].name!r}: expected each once.")
+    for method in chosen:
+        if method.horizon < args.checkpoints:
+            raise UserError(
+                f"{method.name!r} lives for {method.horizon} updates, too few for {args.checkpoints} checkpoints: "
+                "expected more --updates, or fewer --checkpoints."
+            )
     return chosen
 
 
@@ -210,9 +216,11 @@ def _untrained(learned: Component) -> dict[str, Component]:
     return {learned.slot: components()[learned.name].from_config(vars(learned.config))}
 
 
-def _default_updates(learned: Component) -> int:
+def _default_updates(learned: Component, path: Path) -> int:
     """The longest lifetime of its meta-training."""
-    horizon = learned.provenance.get("horizon", 100)
+    horizon = learned.provenance.get("horizon")
+    if horizon is None:
+        raise UserError(f"{path} does not say how long lifetimes were in its training: say how many --updates.")
     return int(horizon[1] if isinstance(horizon, list) else horizon)
 
 

@@ -22,7 +22,7 @@ from learned_rl.types import UserError
 @dataclass(frozen=True)
 class Plugged:
     objective: str | None = None
-    """component file, or a registered name such as dpo; default: PPO's own"""
+    """component file, or a registered name such as dpo (a learned one has fresh weights then); default: PPO's own"""
     reward: str | None = None
     """component file or registered name, such as lirpg, for the reward slot; default: the environment's reward"""
     hyperparameters: str | None = None

@@ -22,7 +22,7 @@ from learned_rl import PPOConfig, __version__, artifacts
 from learned_rl.component import SLOTS, Objective, UpdateRule
 from learned_rl.evaluation import Curves
 from learned_rl.lifetimes import under
-from learned_rl.registry import make_family
+from learned_rl.registry import components, make_family
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError, at_least
 from meta_optimizers.self_tuning import SelfTuning, SelfTuningConfig
@@ -78,6 +78,7 @@ class _Session:
         plugged: dict[str, Any] = plugs(args, args.config.linear_decay)
         many = {"seeds": args.seeds, "seed": args.seed, "device": args.device}
         self.agent = SelfTuning(env, args.config, learned=args.learned, outer=args.outer, **many, **plugged)  # type: ignore[arg-type]
+        self.agent.config.check_learns(math.ceil(args.steps / self.agent.per_update))
         defaults = SelfTuningConfig(), SelfTuningConfig.suited(self.agent.family.observation_space)
         if not self.agent.learned and args.learned != [] and args.outer not in defaults:
             raise UserError(
@@ -95,6 +96,8 @@ class _Session:
         """Name of what runs: the objective or preset, and whatever is learned online."""
         base = Path(self.args.objective).stem if self.args.objective else (self.args.preset or "ppo")
         parts = dict(self.agent.algorithm.slots.items())
+        if self.args.objective in components() and any(True for _ in parts["objective"].parameters()):
+            base += "-untrained"  # by its name alone a learned objective has fresh weights
         return "+".join([base, *(parts[slot].name for slot in self.agent.learned if slot != "objective")])
 
     def marks(self) -> list[int]:
@@ -146,7 +149,8 @@ class _Session:
         ours = sb3_tags({k: v for k, v in means.items() if k not in named})
         config = self.args.config
         rate = (done - self.first) * self.args.seeds / (time.perf_counter() - self.began)
-        passes = done // self.agent.per_update * config.n_epochs  # over the data, as over there
+        updates = max(done // self.agent.per_update - config.collects, 0)
+        passes = updates * config.n_epochs  # over the data, as over there
         self.run.log(done, {"time/fps": rate, "train/n_updates": passes} | ours | named)
         shown = "reward" if self.agent.family.continuing else "return"
         return {shown: means[shown], "steps/s": round(rate)}

@@ -117,7 +117,8 @@ def _open(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         plain["component"] = header["component"]
     except (SafetensorError, ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise UserError(
-            f"{path} is not a component file, or it is damaged: expected the .safetensors that `meta-train` writes."
+            f"{path} is not a component file, or it is damaged: expected the .safetensors that `meta-train` or "
+            "`convert` writes."
         ) from error
     return header | plain, tensors
 

@@ -196,6 +196,8 @@ class Objective(Component):
     whole_rollouts: ClassVar[bool] = False
     #: names of the terms that `agent_regularisers` and `target_regularisers` return
     regularisers: ClassVar[tuple[str, ...]] = ()
+    #: names of numbers that it reads beside those of its kind: an actor-critic's, or without a value `prediction_coef`
+    reads: ClassVar[tuple[str, ...]] = ()
     #: names of numbers that it reads but by which its gradient has no derivative
     insensitive: tuple[str, ...] = ()
     #: share of the present parameters in those of a target network, at each update; None: there is none. What it says

@@ -129,7 +129,11 @@ def learning_curves(
         episodes: fresh episodes of each agent at each checkpoint.
         progress: called with (updates done, horizon).
         watch:    called at every checkpoint; what it raises ends these lives.
+
+    Raises:
+        UserError: lives too short to fill their replay, if they have one.
     """
+    algorithm.config.check_learns(horizon)
     drawn = family.sample_split(split, tasks, seed) if isinstance(tasks, int) else tasks
     n = len(next(iter(drawn.values())))
     drawn = repeat_tasks(drawn, seeds)

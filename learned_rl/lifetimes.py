@@ -17,7 +17,7 @@ from torch import Tensor
 
 from learned_rl.agents import Population
 from learned_rl.architecture import AgentOutput
-from learned_rl.component import Context, Hyper
+from learned_rl.component import Context, Hyper, finite
 from learned_rl.distributions import Categorical, Distribution, stack
 from learned_rl.inner_loop import GraphInner, Inner, PlainInner
 from learned_rl.ppo import Algorithm, UpdateRecord
@@ -215,26 +215,31 @@ class Lifetimes:
         """A fresh seed for the minibatches of one update."""
         return int(torch.randint(2**31, (), generator=self._shuffles))
 
-    def advance(self, inner: Inner, trajectory: Trajectory | None = None) -> tuple[UpdateRecord, Episodes]:
+    def advance(self, inner: Inner, trajectory: Trajectory | None = None) -> tuple[UpdateRecord | None, Episodes]:
         """One agent update of every lifetime, on fresh experience, or on what its replay draws, unless some is given.
 
-        Until its replay holds as much as it draws, a lifetime only collects.
+        Until its replay holds as much as it draws, a lifetime only collects; there is no record where all do.
         """
         fresh, ended, active = trajectory is None, Episodes(*[torch.zeros_like(self.age)] * 3), None
         if trajectory is None:
             trajectory = self.collect(inner)
             ended = self.episodes(trajectory)
+        paid = trajectory.reward
         if fresh and self.replay is not None:
-            self.replay.push(trajectory)
+            self.replay.push(trajectory, finite(paid, 1))  # what is not would be drawn again and again
             trajectory, active = self.replay.sample(self.generator, self.streams), self.replay.ready
         context = Context(self.age, self.horizon, self.memory)
         generator = torch.Generator(self.device).manual_seed(self.shuffle())
+        self.age = self.age + 1
+        if active is not None and not bool(active.any()):
+            return None, ended
         record = self.algorithm.update(inner, trajectory, context, self.hyper, generator, self.streams, active)
         self.memory = record.memory
         if not inner.graph:
             self.optimizer_state = inner.state
             self.memory = {k: v.detach() for k, v in self.memory.items()}  # stop: nobody looks back
-        self.age = self.age + 1
+        if active is not None:
+            record = dataclasses.replace(record, alive=record.alive & finite(paid, 1))
         return record, ended
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ inner loop is, in place or differentiable, the update does not know.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -100,6 +101,24 @@ class PPOConfig:
         if self.stop_denominator and not hasattr(RULES[self.optimizer].Config(), "stop_denominator"):
             raise UserError(f"stop_denominator is on, but {self.optimizer!r} has none: expected rmsprop or adam.")
 
+    @property
+    def collects(self) -> int:
+        """Rollouts of a lifetime before the first from which it learns: replay must hold what an update draws."""
+        return math.ceil(self.replay_batch / self.n_envs) - 1 if self.replay_capacity else 0
+
+    def check_learns(self, updates: int) -> None:
+        """Whether lifetimes of so many updates do more than fill their replay.
+
+        Raises:
+            UserError: they do not.
+        """
+        if updates <= self.collects:
+            least = (self.collects + 1) * self.n_steps * self.n_envs
+            raise UserError(
+                f"{updates} rollouts of {self.n_envs} trajectories do not fill a replay of which an update draws "
+                f"{self.replay_batch}, and nothing is learned: expected {self.collects + 1}, {least} environment steps."
+            )
+
     @classmethod
     def a2c(cls, **changes: object) -> Self:
         """Advantage actor-critic: one epoch, one minibatch, no clipping, short rollouts (Mnih et al., 2016)."""
@@ -191,7 +210,7 @@ class UpdateRecord:
         memory:     what the components carry on, "slot/name" -> [P, ...].
         hyper:      the numbers of the update, from the hyperparameter slot.
         alive:      [P] bool: parameters and rewards were finite.
-        metrics:    name -> [P], averaged over the gradient steps.
+        metrics:    name -> [P], averaged over the gradient steps; NaN of lifetimes that did not learn.
     """
 
     trajectory: Trajectory
@@ -324,7 +343,10 @@ class Algorithm:
         flat = {f"{slot}/{k}": v for slot, tree in memory.items() for k, v in tree.items()}
         if active is not None:
             flat = {k: select_rows(active, v, context.memory[k]) for k, v in flat.items()}
-        return UpdateRecord(collected, out, batch, flat, hyper, alive, _average(sums))
+        metrics = _average(sums)
+        if active is not None:
+            metrics = {k: torch.where(active, v, math.nan) for k, v in metrics.items()}
+        return UpdateRecord(collected, out, batch, flat, hyper, alive, metrics)
 
     def _step_context(
         self,

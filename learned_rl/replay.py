@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learned_rl.streams import Streams
 from learned_rl.trajectory import Trajectory
-from learned_rl.types import Tree
+from learned_rl.types import Tree, UserError
 
 
 class Replay:
@@ -39,8 +39,8 @@ class Replay:
         """[P] bool: there are as many trajectories as an update draws."""
         return self.count >= self.batch
 
-    def push(self, trajectory: Trajectory) -> None:
-        """Keep the B trajectories of each lifetime of a rollout [T, P, B]."""
+    def push(self, trajectory: Trajectory, which: Tensor | None = None) -> None:
+        """Keep the B trajectories of each lifetime, or where `which [P]` is true, of a rollout [T, P, B]."""
         found = {k: v for k, v in vars(trajectory).items() if v is not None}
         found.setdefault("final_obs", trajectory.obs[1:])  # as it is where nothing was truncated
         rows = {k: v.movedim(0, 2) for k, v in found.items()}
@@ -51,9 +51,10 @@ class Replay:
         last = slice(max(B - self.capacity, 0), None)  # of a rollout wider than all that is kept
         at = ((self.count[:, None] + new) % self.capacity)[:, last]
         lifetime = torch.arange(P, device=self.count.device)[:, None]
+        which = torch.ones_like(self.count, dtype=torch.bool) if which is None else which
         for name, value in rows.items():
-            self.kept[name][lifetime, at] = value[:, last]
-        self.count = self.count + B
+            self.kept[name][lifetime[which], at[which]] = value[which, last]
+        self.count = self.count + B * which
 
     def sample(self, generator: torch.Generator, streams: Streams) -> Trajectory:
         """A rollout [T, P, batch] of trajectories drawn evenly, with replacement."""
@@ -61,7 +62,10 @@ class Replay:
         uniform = streams.uniform((P, self.batch), generator)
         at = (uniform * there[:, None]).long().clamp(max=self.capacity - 1)
         lifetime = torch.arange(P, device=at.device)[:, None]
-        return Trajectory(**{k: v[lifetime, at].movedim(2, 0) for k, v in self.kept.items()})
+        drawn = {k: v[lifetime, at].movedim(2, 0) for k, v in self.kept.items() if k != "final_obs"}
+        if bool(drawn["truncated"].any()):
+            drawn["final_obs"] = self.kept["final_obs"][lifetime, at].movedim(2, 0)
+        return Trajectory(**drawn)
 
     def reset(self, which: Tensor) -> None:
         """Forget what the lifetimes kept where `which [P]` is true."""
@@ -75,6 +79,14 @@ class Replay:
         return self.kept | {"count": self.count}
 
     def load_state_dict(self, state: Tree) -> None:
+        """Go on from what was saved.
+
+        Raises:
+            UserError: it was saved without replay, or with another capacity.
+        """
+        found = state["reward"].shape[1] if "reward" in state else 0
+        if found != self.capacity and ("count" not in state or found):
+            raise UserError(f"The state has a replay_capacity of {found}: expected {self.capacity}, as configured.")
         known = {f.name for f in dataclasses.fields(Trajectory)}
         # Copies, since `push` writes in place.
         self.count, self.kept = state["count"], {k: v.clone() for k, v in state.items() if k in known}

@@ -105,6 +105,8 @@ class PPO:
         """Go on by an update; what to log of it, averaged over seeds."""
         record, ended = self.lifetimes.advance(self.lifetimes.plain())
         self._remember(ended)
+        if record is None:
+            return {}
         metrics = {k: v.nanmean().item() for k, v in record.metrics.items()}
         return metrics | {"broken": float((~record.alive).sum())}
 

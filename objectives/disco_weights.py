@@ -7,10 +7,13 @@ f when they run.
 
 from __future__ import annotations
 
-import zipfile
+import hashlib
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tokenize import TokenError
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -19,6 +22,8 @@ from torch import Tensor, nn
 from learned_rl.types import UserError
 from objectives.disco import Disco
 
+#: Checksum of the published arrays.
+PUBLISHED = "8308d6085f3f80f28539901c4c4684a3e3ad6fcb83a901ed9e200f57b222dc00"
 _GATES = "igfo"  # theirs
 _OURS = "ifog"
 
@@ -49,8 +54,18 @@ def read(path: Path) -> Disco:
         for core in (disco.core, disco.life.cell):
             width = core.weight_h.shape[1]
             core.bias[width : 2 * width] += 1
-    disco.provenance = {"published": "google-deepmind/disco_rl, disco_103.npz, Apache-2.0"}
+    digest = _digest(arrays)
+    known = {"published": "google-deepmind/disco_rl, disco_103.npz, Apache-2.0"} if digest == PUBLISHED else {}
+    disco.provenance = known | {"arrays_sha256": digest}
     return disco
+
+
+def _digest(arrays: dict[str, np.ndarray]) -> str:
+    """A checksum of what the arrays say, however the file was written."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -67,7 +82,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"There is no file {str(path)!r}: expected the downloaded disco_103.npz.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
-    except (ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+    except (ValueError, EOFError, RuntimeError, MemoryError, TokenError, BadZipFile, zlib.error, lzma.LZMAError):
         raise other from None
     if not all(isinstance(x, np.ndarray) for x in arrays.values()):  # of what is no array numpy gives the bytes
         raise other

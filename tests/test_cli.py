@@ -123,7 +123,7 @@ def file(tmp_path):
         ("evaluate", ["component file"]),
         ("evaluate none.safetensors", ["'none.safetensors'", "'component.safetensors'"]),
         ("evaluate component.safetensors --family gird/small", ["'gird/small'", "'grid/small'"]),
-        ("evaluate component.safetensors --baselines a2c,pop", ["'pop'", "'ppo'"]),
+        ("evaluate component.safetensors --updates 9 --checkpoints 3 --baselines a2c,pop", ["'pop'", "'ppo'"]),
         ("evaluate component.safetensors --tasks 0", ["tasks is 0"]),
         ("evaluate component.safetensors --trials -1", ["trials is -1", "at least 0"]),
         ("evaluate component.safetensors --updates 0", ["updates is 0"]),
@@ -167,7 +167,9 @@ def test_no_gpu_is_one_sentence(refused):
     assert "device is 'cuda'" in refused("train", "CartPole-v1", "--device", "cuda")
 
 
-@pytest.mark.parametrize("command", ["train CartPole-v1", "evaluate component.safetensors", shlex.join(TINY)])
+@pytest.mark.parametrize(
+    "command", ["train CartPole-v1", "evaluate component.safetensors --updates 10", shlex.join(TINY)]
+)
 def test_a_run_folder_that_is_used_or_cannot_be_written(refused, file, tmp_path, command):
     words = shlex.split(command)
     (tmp_path / "used").mkdir()

@@ -56,6 +56,10 @@ def disco():
     return read(WEIGHTS)
 
 
+def test_the_published_file_is_known(disco):
+    assert disco.provenance["published"] == "google-deepmind/disco_rl, disco_103.npz, Apache-2.0"
+
+
 # --- the networks --------------------------------------------------------------------------------------------------
 
 

@@ -302,6 +302,36 @@ def test_baselines_may_have_copies_of_their_own_on_as_many_steps(tmp_path, file,
         evaluate(learned, dataclasses.replace(args, baselines="adam"), ["evaluate"])
 
 
+def test_a_file_that_tells_no_lifetime_wants_one_and_every_life_has_its_checkpoints(file):
+    sentence = r"lpg\.safetensors does not say how long lifetimes were in its training: say how many --updates\.$"
+    with pytest.raises(UserError, match=sentence):
+        evaluate(file, dataclasses.replace(SMALL, updates=None), ["evaluate"])
+    with pytest.raises(UserError, match=r"^'a2c' lives for 2 updates, too few for 3 checkpoints: expected more"):
+        evaluate(file, dataclasses.replace(SMALL, baseline_envs=4, checkpoints=3), ["evaluate"])
+
+
+def test_a_learned_objective_by_its_name_alone_is_called_untrained(tmp_path, file):
+    for name, label in (("lpg", "lpg-untrained"), ("dpo", "dpo"), (str(file), "lpg")):
+        args = Train(objective=name, steps=40, checkpoints=1, episodes=1, config=AGENT, out=tmp_path / label / name[:3])
+        train("chain/short", args, ["train"])
+        assert [s.method for s in read_scores(args.out / SCORES)] == [label]
+
+
+def test_rollouts_that_only_fill_a_replay_are_no_updates(tmp_path):
+    config = dataclasses.replace(AGENT, replay_capacity=8, replay_batch=6)  # its third rollout of two is the first
+    args = Train(steps=50, checkpoints=1, episodes=1, config=config, out=tmp_path / "run")
+    train("chain/short", args, ["train"])
+    logged = read_metrics(args.out)
+    assert logged["train/n_updates"][1].tolist() == [0, 0, 1, 2, 3]
+    assert logged["train/value_loss"][0].tolist() == [30, 40, 50]
+    short = dataclasses.replace(args, steps=20, out=tmp_path / "short")
+    with pytest.raises(
+        UserError, match=r"^2 rollouts of 2 trajectories .* draws 6, .* expected 3, 30 environment steps"
+    ):
+        train("chain/short", short, ["train"])
+    assert not short.out.exists()
+
+
 def test_without_trials_nothing_is_tuned(tmp_path, file):
     for i, changes in enumerate(({"trials": 0}, {"baselines": "", "tune_learned": False})):
         out = tmp_path / str(i)

@@ -549,14 +549,14 @@ FAR_SIGHTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHORT_SIGHTED | FAR_SIGHTED)
 def test_windows_on_the_schedule(name):
-    """The median of three seeds: now and then, as a processor rounds, noise alone carries one out of the trap."""
+    """Two of three seeds: now and then, as a processor rounds, noise alone carries one out of the trap."""
     make, lifetimes = (SHORT_SIGHTED | FAR_SIGHTED)[name]
     adam, found = {"lr": 1e-2, "betas": (0.99, 0.999)}, []
-    for seed in range(3):
-        eta = follow(make(seed), ToySchedule(lifetimes), ToySchedule.eta(), 1000, torch.optim.Adam, **adam)
-        found.append(100 * float(cost(ToySchedule(), eta, 100)))
-    middle = sorted(found)[1]
-    assert middle > 2400 if name in SHORT_SIGHTED else middle < 600
+    while max(found.count(True), found.count(False)) < 2:
+        eta = follow(make(len(found)), ToySchedule(lifetimes), ToySchedule.eta(), 1000, torch.optim.Adam, **adam)
+        end = 100 * float(cost(ToySchedule(), eta, 100))
+        found.append(end > 2400 if name in SHORT_SIGHTED else end < 600)
+    assert found.count(True) == 2
 
 
 @pytest.mark.slow

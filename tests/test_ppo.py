@@ -496,8 +496,6 @@ def test_plain_updates_leave_no_graph_behind():
 
 # --- probes -------------------------------------------------------------------------------------------------------
 
-PROBE_HYPER = Hyper(learning_rate=0.03, gamma=GAMMA, gae_lambda=0.95)
-
 
 def learn_probe(name, kind, updates, support):
     family = ProbeFamily(name, as_numbers=kind == "mlp")
@@ -506,8 +504,8 @@ def learn_probe(name, kind, updates, support):
         n_steps=16,
         n_epochs=4,
         n_minibatches=2,
-        linear_decay=support > 0,  # large values move by more than their logits: the last steps must be small
-        hyper=PROBE_HYPER,
+        linear_decay=True,
+        hyper=Hyper(0.03 if support else 0.1, GAMMA, 0.95),  # values move by more than their logits
         agent=AgentConfig(hidden=(16,), value_support=support),
     )
     lifetimes = Lifetimes(family, Algorithm(config, Slots.fill(config)), 3, updates, seed=1)
@@ -519,12 +517,15 @@ def learn_probe(name, kind, updates, support):
         return family.probe, lifetimes.population(states)
 
 
+UPDATES = {"truncated": (75, 450), "terminated": (50, 240)}  # where values are numbers, and where they are bins
+
+
 @pytest.mark.parametrize("support", [0, 5], ids=["", "categorical"])
 @pytest.mark.parametrize("kind", ["tabular", "mlp"])
 @pytest.mark.parametrize("name", PROBES)
 def test_probe_environments(name, kind, support):
     """All three agents know the values and take the right actions."""
-    updates = {"truncated": 150, "terminated": 80}.get(name, 40) * (3 if support else 1)
+    updates = UPDATES.get(name, (30, 100))[support > 0]
     probe, out = learn_probe(name, kind, updates, support)
     expected = torch.tensor([probe.values[s] for s in range(probe.states)]).expand(3, -1)
     assert (out.value - expected).abs().max() < 0.05, out.value

@@ -480,7 +480,7 @@ def test_every_searched_field_of_agents_is_in_the_table_with_its_space():
     assert of_tables == [study.spaces["config.hyper.learning_rate"] for study in studies]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "dpo", "a2c", "lpg"])
+@pytest.mark.parametrize("algorithm", ["ppo", "dpo", "a2c", "lpg", "disco103"])
 def test_the_table_says_for_which_algorithms_a_field_is_searched(algorithm):
     searched = AgentStudy.of(algorithm, "CartPole-v1").study("CartPole-v1").spaces
     assert set(searched) == {field for field, cells in table("config").items() if algorithm in cells[2].split(", ")}

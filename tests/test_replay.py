@@ -114,6 +114,9 @@ def test_what_is_drawn_is_whole():
             for field in dataclasses.fields(Trajectory):
                 ours, theirs = getattr(found, field.name), getattr(rollouts[k], field.name)
                 assert torch.equal(ours[:, p, b], theirs[:, p, own]), field.name
+    replay = Replay(4, 4, P, "cpu")
+    replay.push(rollouts[1])
+    assert replay.sample(generator(), Streams.apart(P)).final_obs is None, "none of it was truncated"
 
 
 def test_continuous_actions_have_no_logits_here_either():
@@ -151,6 +154,17 @@ def test_what_was_saved_is_not_written_to():
         assert kept(other, 0) == [2, 3, 50, 51, 52]
 
 
+def test_a_state_of_another_capacity_is_refused():
+    state = filled((2, 2))[0].state_dict()
+    for told, capacity, said in ((state, 6, 5), (state, 4, 5), ({}, 5, 0)):
+        sentence = rf"^The state has a replay_capacity of {said}: expected {capacity}, as configured\.$"
+        with pytest.raises(UserError, match=sentence):
+            Replay(capacity, 4, P, "cpu").load_state_dict(told)
+    empty = Replay(6, 4, P, "cpu")
+    empty.load_state_dict(Replay(6, 4, P, "cpu").state_dict())
+    assert empty.count.tolist() == [0, 0] and not empty.kept
+
+
 # --- lifetimes that learn from it ---------------------------------------------------------------------------------
 
 
@@ -185,14 +199,15 @@ def test_a_lifetime_does_not_move_until_there_is_enough_to_draw():
     lives = lifetimes(DISCO, objective=small_disco())
     fresh = lives.state_dict()
     record, _ = lives.advance(lives.plain())
-    assert all(v.isfinite().all() for v in record.metrics.values())
+    assert record is None
     same(moving(fresh), moving(lives.state_dict()))
     assert lives.age.tolist() == [1, 1] and lives.earned.shape == (P,) and not torch.equal(lives.obs, fresh["obs"])
     advanced(lives, 1)
     assert (lives.population.theta != fresh["theta"]).any(1).all()
     lives.restart(torch.tensor([False, True]))  # now one has enough and the other one begins anew
     before = moving(lives.state_dict())
-    advanced(lives, 1)
+    record, _ = lives.advance(lives.plain())
+    assert all(v.isfinite().tolist() == [True, False] for v in record.metrics.values())
     after = moving(lives.state_dict())
     assert {k.partition("/")[0] for k in after} == {"theta", "optimizer", "memory"}
     for name, value in after.items():
@@ -200,6 +215,33 @@ def test_a_lifetime_does_not_move_until_there_is_enough_to_draw():
         assert not torch.equal(value[0], before[name][0]), name
     advanced(lives, 1)
     assert not torch.equal(lives.population.theta[1], after["theta"][1])
+
+
+def test_what_was_paid_in_no_finite_number_is_not_kept():
+    """Such a reward spoils no later update, and is told of the one in which it was paid."""
+    lives = lifetimes(n=3)
+    collect, spoiled = lives.collect, torch.tensor([False, True, False])
+
+    def collected(inner):
+        trajectory = collect(inner)
+        if lives.age[0] == 2:
+            trajectory.reward[1, :, 0] = torch.where(spoiled, math.inf, trajectory.reward[1, :, 0])
+        return trajectory
+
+    lives.collect = collected
+    alive = [lives.advance(lives.plain())[0] for _ in range(6)]
+    assert alive[0] is None
+    assert [r.alive.tolist() for r in alive[1:]] == [[True] * 3, [True, False, True], *[[True] * 3] * 3]
+    assert lives.replay.count.tolist() == [12, 10, 12] and lives.replay.kept["reward"].isfinite().all()
+    assert lives.population.theta.isfinite().all()
+
+
+def test_a_life_that_only_fills_its_replay_is_refused():
+    assert (REPLAYING.collects, dataclasses.replace(REPLAYING, replay_batch=5, n_envs=2).collects) == (1, 2)
+    assert dataclasses.replace(REPLAYING, replay_capacity=0).collects == 0
+    REPLAYING.check_learns(2)
+    with pytest.raises(UserError, match=r"^1 rollouts of 2 trajectories do not fill .* draws 4, .* 2, 16 environment"):
+        learning_curves(GridFamily("small"), Algorithm(REPLAYING, Slots.fill(REPLAYING)), 1)
 
 
 def test_of_a_single_trajectory_an_update_is_that_without_replay():

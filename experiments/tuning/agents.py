@@ -128,6 +128,8 @@ def agent_space(
         known["config.hyper.learning_rate"] = LogUniform(rate / 100, rate * 100)
     read = {*SHARED, *CRITIC, *(SURROGATE if config.n_epochs > 1 else ()), "prediction_coef"}
     read -= unread(config, objective, observation_space)
+    if objective is not None and math.isinf(config.hyper.max_grad_norm):
+        read.discard("max_grad_norm")  # there is none in how it was made or trained
     if names is not None:
         read &= {*names, "prediction_coef"}
     return {path: space for path, space in known.items() if path.rpartition(".")[2] in read}
@@ -138,6 +140,7 @@ def unread(config: PPOConfig, objective: Objective | None, observation_space: Gy
     value = objective is None or objective.needs_value
     clipped = objective is None or (isinstance(objective, PPOClip) and not isinstance(objective, DPO))
     found = {"prediction_coef"} if value else {*CRITIC, "normalize_advantage", "shared"}
+    found -= set() if objective is None else set(objective.reads)
     if not (clipped and math.isfinite(config.hyper.clip_range)):
         found.add("clip_range")
     if objective is not None and objective.whole_rollouts:

@@ -60,7 +60,7 @@ class PPOConfig:
     )
     """hand-made update rule, unless one is plugged in: sgd, momentum, rmsprop, adam, clipped_adam"""
     stop_denominator: bool = False
-    """treat the denominator of rmsprop and adam as a constant of the meta-gradient"""
+    """treat the denominator of rmsprop and adam as a constant of the meta-gradient, as clipped_adam always does"""
     linear_decay: bool = field(default=False, metadata=searched(Choice(False, True)))
     """let the learning rate fall linearly to zero over the lifetime"""
     normalize_advantage: bool = field(default=True, metadata=searched(Choice(False, True)))

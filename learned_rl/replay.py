@@ -40,13 +40,19 @@ class Replay:
         return self.count >= self.batch
 
     def push(self, trajectory: Trajectory, which: Tensor | None = None) -> None:
-        """Keep the B trajectories of each lifetime, or where `which [P]` is true, of a rollout [T, P, B]."""
+        """Keep the B trajectories of each lifetime, or where `which [P]` is true, of a rollout [T, P, B].
+
+        Raises:
+            UserError: the replay holds trajectories of another length.
+        """
         found = {k: v for k, v in vars(trajectory).items() if v is not None}
         found.setdefault("final_obs", trajectory.obs[1:])  # as it is where nothing was truncated
         rows = {k: v.movedim(0, 2) for k, v in found.items()}
         P, B = rows["reward"].shape[:2]
         if not self.kept:
             self.kept = {k: v.new_zeros(P, self.capacity, *v.shape[2:]) for k, v in rows.items()}
+        if (T := rows["reward"].shape[2]) != (held := self.kept["reward"].shape[2]):
+            raise UserError(f"The replay holds trajectories of {held} steps: expected an n_steps of {held}, not {T}.")
         new = torch.arange(B, device=self.count.device)
         last = slice(max(B - self.capacity, 0), None)  # of a rollout wider than all that is kept
         at = ((self.count[:, None] + new) % self.capacity)[:, last]

@@ -45,7 +45,8 @@ class OuterCriticConfig:
     normalize: bool = True
     """normalise advantages within each lifetime"""
     late_rewards: bool = False
-    """credit each action with the reward and the end of the step before it, as the public code of Disco103 does"""
+    """credit each action with the reward and the end of the step before it, as the public code of Disco103 does; what
+    a rollout's last step earned is credited to none"""
     agent: AgentConfig = field(default_factory=AgentConfig)
     """the critic's architecture"""
 

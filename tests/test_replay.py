@@ -160,6 +160,12 @@ def test_a_state_of_another_capacity_is_refused():
         sentence = rf"^The state has a replay_capacity of {said}: expected {capacity}, as configured\.$"
         with pytest.raises(UserError, match=sentence):
             Replay(capacity, 4, P, "cpu").load_state_dict(told)
+    longer = Replay(5, 4, P, "cpu")
+    longer.load_state_dict(state)
+    with pytest.raises(
+        UserError, match=r"^The replay holds trajectories of 2 steps: expected an n_steps of 2, not 3\.$"
+    ):
+        longer.push(numbered(0, 2, 3))
     empty = Replay(6, 4, P, "cpu")
     empty.load_state_dict(Replay(6, 4, P, "cpu").state_dict())
     assert empty.count.tolist() == [0, 0] and not empty.kept

@@ -79,6 +79,8 @@ class _Session:
         many = {"seeds": args.seeds, "seed": args.seed, "device": args.device}
         self.agent = SelfTuning(env, args.config, learned=args.learned, outer=args.outer, **many, **plugged)  # type: ignore[arg-type]
         self.agent.config.check_learns(math.ceil(args.steps / self.agent.per_update))
+        if args.objective is not None:
+            self.check_numbers()
         defaults = SelfTuningConfig(), SelfTuningConfig.suited(self.agent.family.observation_space)
         if not self.agent.learned and args.learned != [] and args.outer not in defaults:
             raise UserError(
@@ -91,6 +93,22 @@ class _Session:
         self.began, self.first = time.perf_counter(), 0
         self.unlogged: list[dict[str, float]] = []  # metrics of each update since the last record
         self.logged = 0  # environment steps then
+
+    def check_numbers(self) -> None:
+        """Whether the objective reads the numbers that are others than those which suit it.
+
+        Raises:
+            UserError: one that would change nothing.
+        """
+        slots, space = self.agent.algorithm.slots, self.agent.family.observation_space
+        rule = slots.optimizer if self.args.optimizer is not None else None
+        usual, given = PPOConfig.suited(slots.objective, space, rule).hyper, self.args.config.hyper
+        for name in sorted(slots.objective.ignores):
+            if (number := getattr(given, name)) != (suits := getattr(usual, name)):
+                raise UserError(
+                    f"config.hyper.{name} is {number}, but {slots.objective.name!r} does not read it: expected "
+                    f"{suits}, which changes as little."
+                )
 
     def method(self) -> str:
         """Name of what runs: the objective or preset, and whatever is learned online."""

@@ -206,6 +206,11 @@ class Objective(Component):
     #: whether the outer gradient passes through what `prepare` reads from `out` (else `prepare` detaches it)
     differentiates_inputs: bool = False
 
+    @property
+    def ignores(self) -> set[str]:
+        """Names of numbers that it does not read."""
+        return ({"prediction_coef"} if self.needs_value else {"gae_lambda", "vf_coef", "ent_coef"}) - {*self.reads}
+
     def settings(self, tabular: bool) -> dict[str, Any]:
         """Fields of `PPOConfig` that suit this objective, for a user who names none; the rest keep their defaults."""
         return {}

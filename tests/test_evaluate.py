@@ -312,9 +312,19 @@ def test_a_file_that_tells_no_lifetime_wants_one_and_every_life_has_its_checkpoi
 
 def test_a_learned_objective_by_its_name_alone_is_called_untrained(tmp_path, file):
     for name, label in (("lpg", "lpg-untrained"), ("dpo", "dpo"), (str(file), "lpg")):
-        args = Train(objective=name, steps=40, checkpoints=1, episodes=1, config=AGENT, out=tmp_path / label / name[:3])
+        args = Train(objective=name, steps=40, checkpoints=1, episodes=1, config=AGENT, out=tmp_path / f"run-{label}")
         train("chain/short", args, ["train"])
         assert [s.method for s in read_scores(args.out / SCORES)] == [label]
+
+
+def test_a_number_that_the_objective_does_not_read_is_refused(tmp_path, file):
+    changed = dataclasses.replace(AGENT, hyper=AGENT.hyper.replace(ent_coef=0.125))
+    args = Train(objective=str(file), steps=10, checkpoints=1, episodes=1, config=changed, out=tmp_path / "run")
+    sentence = r"^config\.hyper\.ent_coef is 0\.125, but 'lpg' does not read it: expected 0\.0, which changes as little"
+    with pytest.raises(UserError, match=sentence):
+        train("chain/short", args, ["train"])
+    assert not args.out.exists()
+    assert make_component("disco103").ignores == {"ent_coef"} and make_component("dpo").ignores == {"prediction_coef"}
 
 
 def test_rollouts_that_only_fill_a_replay_are_no_updates(tmp_path):

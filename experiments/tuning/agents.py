@@ -137,13 +137,12 @@ def agent_space(
 
 def unread(config: PPOConfig, objective: Objective | None, observation_space: GymSpace) -> set[str]:
     """Names of searchable settings that this algorithm does not read on these observations."""
-    value = objective is None or objective.needs_value
-    clipped = objective is None or (isinstance(objective, PPOClip) and not isinstance(objective, DPO))
-    found = {"prediction_coef"} if value else {*CRITIC, "normalize_advantage", "shared"}
-    found -= set() if objective is None else set(objective.reads)
+    objective = PPOClip() if objective is None else objective
+    found = objective.ignores if objective.needs_value else {*objective.ignores, "normalize_advantage", "shared"}
+    clipped = isinstance(objective, PPOClip) and not isinstance(objective, DPO)
     if not (clipped and math.isfinite(config.hyper.clip_range)):
         found.add("clip_range")
-    if objective is not None and objective.whole_rollouts:
+    if objective.whole_rollouts:
         found.add("n_minibatches")
     if len(observation_space.shape or ()) != 1:  # tables have no layers, and convolutions no trunk to share
         found |= {"shared"} if observation_space.shape else set(LAYERS)

@@ -116,7 +116,7 @@ class PPOConfig:
             least = (self.collects + 1) * self.n_steps * self.n_envs
             raise UserError(
                 f"{updates} rollouts of {self.n_envs} trajectories do not fill a replay of which an update draws "
-                f"{self.replay_batch}, and nothing is learned: expected {self.collects + 1}, {least} environment steps."
+                f"{self.replay_batch}: expected at least {self.collects + 1} rollouts ({least} environment steps)."
             )
 
     @classmethod

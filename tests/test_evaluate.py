@@ -336,7 +336,7 @@ def test_rollouts_that_only_fill_a_replay_are_no_updates(tmp_path):
     assert logged["train/value_loss"][0].tolist() == [30, 40, 50]
     short = dataclasses.replace(args, steps=20, out=tmp_path / "short")
     with pytest.raises(
-        UserError, match=r"^2 rollouts of 2 trajectories .* draws 6, .* expected 3, 30 environment steps"
+        UserError, match=r"^2 rollouts of 2 trajectories .* draws 6: expected at least 3 rollouts \(30 environment"
     ):
         train("chain/short", short, ["train"])
     assert not short.out.exists()

@@ -150,6 +150,7 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
         if chosen[-1].name in [method.name for method in chosen[:-1]]:
             raise UserError(f"Two methods are called {chosen[-1].name!r}: expected each once.")
     for method in chosen:
+        method.config.check_learns(method.horizon)
         if method.horizon < args.checkpoints:
             raise UserError(
                 f"{method.name!r} lives for {method.horizon} updates, too few for {args.checkpoints} checkpoints: "

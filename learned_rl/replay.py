@@ -90,9 +90,9 @@ class Replay:
         Raises:
             UserError: it was saved without replay, or with another capacity.
         """
-        found = state["reward"].shape[1] if "reward" in state else 0
-        if found != self.capacity and ("count" not in state or found):
-            raise UserError(f"The state has a replay_capacity of {found}: expected {self.capacity}, as configured.")
         known = {f.name for f in dataclasses.fields(Trajectory)}
-        # Copies, since `push` writes in place.
-        self.count, self.kept = state["count"], {k: v.clone() for k, v in state.items() if k in known}
+        kept = {k: v.clone() for k, v in state.items() if k in known}  # copies, since `push` writes in place
+        empty = self.capacity if "count" in state else 0  # where nothing was kept yet, nothing says for how many
+        if (found := kept["reward"].shape[1] if kept else empty) != self.capacity:
+            raise UserError(f"The state has a replay_capacity of {found}: expected {self.capacity}, as configured.")
+        self.count, self.kept = state["count"], kept

@@ -92,6 +92,8 @@ class Processes(Group):
     """
 
     def __init__(self) -> None:
+        import torch.distributed.nn  # noqa: F401  before there is a group: see `leave`
+
         self._asked = self._lost = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
@@ -105,6 +107,10 @@ class Processes(Group):
         """End the group; the first process, which may keep the store for the others, goes last.
 
         It waits for nobody once one of them is lost, and for no longer than `FAREWELL` otherwise.
+
+        The threads of gloo end with the last reference to the group. One that still frees a tensor when the interpreter
+        ends aborts the process, so nothing may keep the group: the functions of `torch.distributed.nn` would, whose
+        defaults are the group that there is when they are first imported (by `torch.compile`'s parts, among others).
         """
         dist.destroy_process_group()
         with suppress(RuntimeError):  # the store, or a process, is gone already

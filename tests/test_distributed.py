@@ -225,6 +225,29 @@ def test_the_first_process_leaves_last_if_the_others_take_not_too_long(tmp_path,
     assert first == (late < patience)
 
 
+def threads(rank):
+    """Those of one of two processes after they parted, and whether gloo had some before."""
+    with joined() as group:
+        import torch.distributed._shard.sharded_tensor
+
+        group.sum(torch.ones(1))
+        before = running()
+    return "pt_gloo_runloop" in before, running()
+
+
+def running():
+    """The names of this process's threads."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds threads in /proc")
+def test_no_thread_outlives_the_group():
+    """It would abort the process if it still held a tensor when the interpreter ends."""
+    for before, after in in_two(threads):
+        assert before and not [name for name in after if "gloo" in name]
+
+
 # --- one process is a group ------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,11 @@ from gymnasium.spaces import Discrete
 
 from experiments.config_file import read_config, write_config
 from experiments.options import listed, usable_device
+from experiments.plugs import check_numbers
 from experiments.report import Scores, Unit, append_scores, conclude, read_scores
 from experiments.runs import SCORES, Progress, Run, default_folder
 from experiments.scores import Scorer
-from experiments.tuning.agents import HAND_MADE, NUMBERS, AgentSettings, AgentStudy, agent_space, competitor
+from experiments.tuning.agents import HAND_MADE, OF_EVALUATION, AgentSettings, AgentStudy, agent_space, competitor
 from experiments.tuning.samplers import SearchConfig
 from experiments.tuning.study import Search
 from learned_rl import artifacts
@@ -137,7 +138,9 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
     names = args.baselines if args.baselines is not None else BASELINES_OF[learned.slot]
     config = _suited(learned, family)
     if args.config is not None:
-        config = read_config(args.config, AgentSettings(config)).config
+        given = read_config(args.config, AgentSettings(config)).config
+        check_numbers(Slots.fill(given, **{learned.slot: learned}), given.hyper, config.hyper)
+        config = given
     config = dataclasses.replace(config, n_envs=args.n_envs or config.n_envs)
     first = Method(learned.name, config, {learned.slot: learned}, {learned.slot: str(path)}, updates, args.tune_learned)
     chosen = [dataclasses.replace(first, around=isinstance(learned, UpdateRule))]
@@ -301,7 +304,8 @@ class _Session:
         # Optimizers have step sizes of scales of their own: each is searched as widely around its own.
         number = method.config.hyper.learning_rate
         rate = number if method.around and isinstance(number, float) else None
-        study = agents.study(self.suite, agent_space(settings, method.objective, space, NUMBERS, rate), test=False)
+        searched = agent_space(settings, method.objective, space, OF_EVALUATION, rate)
+        study = agents.study(self.suite, searched, test=False)
         config = SearchConfig(trials=args.trials, pruner="none", seed=args.seed)
         return Search(study, f"sqlite:///{self.run.path / STUDIES}", method.name, config)
 

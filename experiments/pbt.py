@@ -18,11 +18,11 @@ from experiments.runs import CONFIG, SCORES, Progress, Run, default_folder, plai
 from experiments.tuning.agents import AgentStudy, check_read
 from experiments.tuning.pbt import PBTConfig, PBTResult, population_based_training
 from learned_rl import artifacts
+from learned_rl.component import NUMBERS
 from learned_rl.files import replacing
 from learned_rl.ppo import Algorithm, Slots
 from learned_rl.spaces import LogNegative, LogOneMinus, LogUniform, Space
 from learned_rl.types import UserError, at_least
-from objectives.schedule import NUMBERS
 
 LOGARITHMIC = (LogUniform, LogOneMinus, LogNegative)
 SHAPE = ("tasks", "seeds", "episodes", "test_tasks", "test_seeds")

@@ -12,7 +12,8 @@ import tyro
 from experiments.config_file import configured
 from experiments.options import listed
 from learned_rl import artifacts
-from learned_rl.component import SLOTS, Component
+from learned_rl.component import NUMBERS, SLOTS, Component, Hyper
+from learned_rl.ppo import Slots
 from learned_rl.registry import components
 from learned_rl.tasks.base import unknown
 from learned_rl.training import Plug
@@ -75,6 +76,24 @@ def plugs(args: Plugged, linear_decay: bool) -> dict[str, Plug]:
     if linear_decay and "linear_decay" in _known(named["hyperparameters"]):
         numbers.setdefault("linear_decay", True)
     return {slot: _made(slot, named[slot], settings[slot]) if settings[slot] else named[slot] for slot in SLOTS}
+
+
+def check_numbers(slots: Slots, given: Hyper, usual: Hyper) -> None:
+    """Whether an update depends on the numbers that are others than usual.
+
+    Raises:
+        UserError: one that would change nothing.
+    """
+    for name in NUMBERS:
+        if (number := getattr(given, name)) != (suits := getattr(usual, name)) and name not in slots.reads:
+            reads = (
+                "nothing in the auxiliary slot reads"
+                if name == "aux_coef"
+                else f"{slots.objective.name!r} does not read"
+            )
+            raise UserError(
+                f"config.hyper.{name} is {number}, but {reads} it: expected {suits}, which changes as little."
+            )
 
 
 def _made(slot: str, name: str | None, settings: dict[str, Any]) -> Callable[[], Component]:

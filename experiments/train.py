@@ -15,7 +15,7 @@ import torch
 from experiments.config_file import early_option
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
-from experiments.plugs import Plugged, plugs
+from experiments.plugs import Plugged, check_numbers, plugs
 from experiments.report import append_scores, conclude
 from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPOConfig, __version__, artifacts
@@ -79,8 +79,7 @@ class _Session:
         many = {"seeds": args.seeds, "seed": args.seed, "device": args.device}
         self.agent = SelfTuning(env, args.config, learned=args.learned, outer=args.outer, **many, **plugged)  # type: ignore[arg-type]
         self.agent.config.check_learns(math.ceil(args.steps / self.agent.per_update))
-        if args.objective is not None:
-            self.check_numbers()
+        check_numbers(self.agent.algorithm.slots, args.config.hyper, self._usual().hyper)
         defaults = SelfTuningConfig(), SelfTuningConfig.suited(self.agent.family.observation_space)
         if not self.agent.learned and args.learned != [] and args.outer not in defaults:
             raise UserError(
@@ -94,21 +93,14 @@ class _Session:
         self.unlogged: list[dict[str, float]] = []  # metrics of each update since the last record
         self.logged = 0  # environment steps then
 
-    def check_numbers(self) -> None:
-        """Whether the objective reads the numbers that are others than those which suit it.
-
-        Raises:
-            UserError: one that would change nothing.
-        """
-        slots, space = self.agent.algorithm.slots, self.agent.family.observation_space
-        rule = slots.optimizer if self.args.optimizer is not None else None
-        usual, given = PPOConfig.suited(slots.objective, space, rule).hyper, self.args.config.hyper
-        for name in sorted(slots.objective.ignores):
-            if (number := getattr(given, name)) != (suits := getattr(usual, name)):
-                raise UserError(
-                    f"config.hyper.{name} is {number}, but {slots.objective.name!r} does not read it: expected "
-                    f"{suits}, which changes as little."
-                )
+    def _usual(self) -> PPOConfig:
+        """The settings for a user who names none."""
+        args, slots = self.args, self.agent.algorithm.slots
+        if args.preset is not None:
+            return PPOConfig.a2c()
+        objective = slots.objective if args.objective is not None else None
+        rule = slots.optimizer if args.optimizer is not None else None
+        return PPOConfig.suited(objective, self.agent.family.observation_space, rule)
 
     def method(self) -> str:
         """Name of what runs: the objective or preset, and whatever is learned online."""

@@ -86,6 +86,9 @@ class Hyper:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
+NUMBERS = tuple(f.name for f in dataclasses.fields(Hyper))
+
+
 @dataclass(frozen=True)
 class Context:
     """Where each lifetime stands when an update begins.
@@ -196,8 +199,8 @@ class Objective(Component):
     whole_rollouts: ClassVar[bool] = False
     #: names of the terms that `agent_regularisers` and `target_regularisers` return
     regularisers: ClassVar[tuple[str, ...]] = ()
-    #: names of numbers that it reads beside those of its kind: an actor-critic's, or without a value `prediction_coef`
-    reads: ClassVar[tuple[str, ...]] = ()
+    #: names of the numbers on which its loss depends; of an objective that does not say, any
+    reads: tuple[str, ...] = NUMBERS
     #: names of numbers that it reads but by which its gradient has no derivative
     insensitive: tuple[str, ...] = ()
     #: share of the present parameters in those of a target network, at each update; None: there is none. What it says
@@ -205,11 +208,6 @@ class Objective(Component):
     target_rate: float | None = None
     #: whether the outer gradient passes through what `prepare` reads from `out` (else `prepare` detaches it)
     differentiates_inputs: bool = False
-
-    @property
-    def ignores(self) -> set[str]:
-        """Names of numbers that it does not read."""
-        return ({"prediction_coef"} if self.needs_value else {"gae_lambda", "vf_coef", "ent_coef"}) - {*self.reads}
 
     def settings(self, tabular: bool) -> dict[str, Any]:
         """Fields of `PPOConfig` that suit this objective, for a user who names none; the rest keep their defaults."""
@@ -285,6 +283,8 @@ class Auxiliary(Component):
     """What else is predicted: a second loss on heads of its own."""
 
     slot = "auxiliary"
+    #: names of the numbers on which its loss depends; of one that does not say, any
+    reads: tuple[str, ...] = NUMBERS
 
     @abstractmethod
     def prepare(

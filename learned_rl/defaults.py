@@ -30,6 +30,9 @@ from learned_rl.returns import gae
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree
 
+#: What the loss of an actor-critic depends on.
+ACTOR_CRITIC = ("gamma", "gae_lambda", "pg_coef", "vf_coef", "ent_coef")
+
 
 @dataclass(frozen=True)
 class PPOClipConfig:
@@ -48,6 +51,7 @@ class PPOClip(Objective):
 
     name: ClassVar[str] = "ppo_clip"
     Config: ClassVar[Any] = PPOClipConfig
+    reads: tuple[str, ...] = (*ACTOR_CRITIC, "clip_range", "clip_range_vf")
     #: a hard bound decides which samples count, and nothing else
     insensitive: tuple[str, ...] = ("clip_range", "clip_range_vf")
 
@@ -150,6 +154,7 @@ class NoAuxiliary(Auxiliary):
     """Nothing else is predicted."""
 
     name, Config = "none", NoConfig
+    reads = ()
 
     def prepare(
         self, trajectory: Trajectory, out: AgentOutput, next_heads: dict[str, Tensor], hyper: Hyper, context: Context

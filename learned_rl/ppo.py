@@ -194,6 +194,12 @@ class Slots:
         }
         return cls(**defaults | {k: v for k, v in plugged.items() if v is not None})  # type: ignore[arg-type]
 
+    @property
+    def reads(self) -> set[str]:
+        """Names of the numbers on which an update depends."""
+        found = {"learning_rate", "max_grad_norm", *self.objective.reads, *self.hyperparameters.conditions}
+        return found if isinstance(self.auxiliary, NoAuxiliary) else found | {"aux_coef", *self.auxiliary.reads}
+
     def items(self) -> Iterator[tuple[str, Component]]:
         for f in dataclasses.fields(self):
             yield f.name, getattr(self, f.name)

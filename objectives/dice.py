@@ -27,7 +27,7 @@ from torch import Tensor
 
 from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics
-from learned_rl.defaults import PPOClip
+from learned_rl.defaults import ACTOR_CRITIC, PPOClip
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, UserError, at_least
 
@@ -92,6 +92,7 @@ class LoadedDiCE(PPOClip):
     """
 
     name, Config, whole_rollouts = "loaded_dice", LoadedDiCEConfig, True
+    reads = (*ACTOR_CRITIC, "clip_range_vf")
 
     def settings(self, tabular: bool) -> dict[str, Any]:
         """The actor-critic's: one gradient step an update, since there is no ratio to the policy that acted."""

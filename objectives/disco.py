@@ -100,7 +100,8 @@ class Disco(Objective):
     """The discovered rule as an objective. Memory: the lifetime's LSTM, moments of advantages and of errors of q."""
 
     name, Config, needs_value, differentiates_inputs = "disco103", DiscoConfig, False, True
-    reads, insensitive = ("gae_lambda", "vf_coef"), ("gamma", "gae_lambda")
+    reads = ("gamma", "gae_lambda", "pg_coef", "vf_coef", "prediction_coef")
+    insensitive = ("gamma", "gae_lambda")
     regularisers = ("y_entropy", "z_entropy", "pi_hat_mean", "y_hat_mean", "z_hat_mean", "target_kl")
     config: DiscoConfig
 

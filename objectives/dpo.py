@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from learned_rl.component import Hyper
-from learned_rl.defaults import PPOClip
+from learned_rl.defaults import ACTOR_CRITIC, PPOClip
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class DPO(PPOClip):
     """PPO's objective with the discovered drift in place of clipping."""
 
     name, Config = "dpo", DPOConfig
+    reads = (*ACTOR_CRITIC, "clip_range_vf")
 
     def policy_loss(self, ratio: Tensor, log_ratio: Tensor, advantage: Tensor, hyper: Hyper) -> Tensor:
         return drift(ratio, log_ratio, advantage, self.config.alpha, self.config.beta) - ratio * advantage

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from learned_rl.architecture import AgentOutput
 from learned_rl.component import Batch, Context, Hyper, Metrics, Objective, lifetime_mean
-from learned_rl.defaults import normalise
+from learned_rl.defaults import ACTOR_CRITIC, normalise
 from learned_rl.returns import vtrace
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, at_least
@@ -53,6 +53,7 @@ class Impala(Objective):
     """The actor-critic with leaky V-trace."""
 
     name, Config, whole_rollouts = "impala", ImpalaConfig, True
+    reads = (*ACTOR_CRITIC, "vtrace_alpha")
     config: ImpalaConfig
 
     def settings(self, tabular: bool) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class LPG(Objective):
         super().__init__(dataclasses.replace(config or LPGConfig(), **changes))  # type: ignore[arg-type]
         c = self.config
         self.differentiates_inputs = not c.stop_inputs
+        self.reads = ("prediction_coef", *(("gamma",) if c.see_gamma else ()))
         inputs = 5 + c.see_gamma + 2 * c.lifetime
         self.phi = nn.Sequential(nn.Linear(c.predictions, c.embedding), nn.ReLU(), nn.Linear(c.embedding, 1))
         self.core = CORES[c.core](inputs, c.width)

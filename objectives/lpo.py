@@ -78,6 +78,8 @@ class LPO(PPOClip):
 
     def __init__(self, config: LPOConfig | None = None) -> None:
         super().__init__(config)
+        if self.config.base == "none":
+            self.reads = tuple(k for k in self.reads if k != "clip_range")
         width = self.config.width
         self.hidden = nn.Linear(FEATURES, width, bias=False)
         self.output = nn.Linear(width, 1, bias=False)

@@ -14,7 +14,6 @@ change at the same updates. There is nothing to meta-learn in it: it has no para
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -23,13 +22,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from learned_rl.component import Context, Hyper, Hyperparameters
+from learned_rl.component import NUMBERS, Context, Hyper, Hyperparameters
 from learned_rl.tasks.base import unknown
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import Tree, UserError
-
-#: What can change from one update to the next.
-NUMBERS = tuple(f.name for f in dataclasses.fields(Hyper))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ SAID = ("stacx_target", "stacx_advantage")  # [T, P, B, n] each
 class STACX(Auxiliary):
     """Auxiliary actor-critic heads that tune their own numbers."""
 
-    name, Config, online = "stacx", STACXConfig, True
+    name, Config, online, reads = "stacx", STACXConfig, True, ()  # its numbers are its own
     outer_rate = 0.03  # a handful of numbers
     config: STACXConfig
 

@@ -48,7 +48,7 @@ class AgeingGamma(Hyperparameters):
 class RewardHead(Auxiliary):
     """A head that predicts the reward in a learned unit."""
 
-    name, Config = "reward_head", NoConfig
+    name, Config, reads = "reward_head", NoConfig, ()
 
     def __init__(self, config=None):
         super().__init__(config)

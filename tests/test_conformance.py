@@ -180,8 +180,9 @@ class Case:
     def branch(self, name: str) -> dict[str, Tensor]:
         return {k.removeprefix(f"{name}/"): v for k, v in self.data.items() if k.startswith(f"{name}/")}
 
-    def outputs(self, theta: Tensor | None = None) -> dict[str, Tensor]:
-        """All that the component says; `theta` may carry a graph."""
+    def outputs(self, theta: Tensor | None = None, acted: Tensor | None = None) -> dict[str, Tensor]:
+        """All that the component says; `theta` may carry a graph. Targets are those of the parameters that `acted`, the
+        same ones unless given."""
         d, c = self.data, self.component
         hyper = Hyper(**self.branch("hyper"))
         if c.slot == "optimizer":
@@ -200,15 +201,16 @@ class Case:
             )
         population = self.agents
         out = population.bind(population.theta if theta is None else theta)(rollout.obs)
+        seen = out.detach() if acted is None else population.bind(acted)(rollout.obs).detach()
         if getattr(c, "target_rate", None) is not None:  # another agent will do
-            out = dataclasses.replace(out, target=population.bind(population.theta.detach().flip(1))(rollout.obs))
+            seen = dataclasses.replace(seen, target=population.bind(population.theta.detach().flip(1))(rollout.obs))
         if c.slot == "auxiliary":
             final = lambda k: lambda obs: population(obs).heads[k].detach()  # noqa: E731
             next_heads = {k: rollout.next_value(v.detach(), final(k)) for k, v in out.heads.items()}
-            batch = c.prepare(rollout, out.detach(), next_heads, hyper, context)
+            batch = c.prepare(rollout, seen, next_heads, hyper, context)
             rows = {"action": rollout.action, "log_prob": rollout.log_prob} | batch
             return prefixed("batch", batch) | {"loss": c.loss(out.map(lambda x: x[:-1]), rows, hyper)}
-        batch, memory = c.prepare(rollout, out.detach(), d["next_value"], hyper, context)
+        batch, memory = c.prepare(rollout, seen, d["next_value"], hyper, context)
         rows = {"action": rollout.action, "log_prob": rollout.log_prob} | batch
         now = out.map(lambda x: x[:-1])
         loss, metrics = c.loss(now, rows, hyper)
@@ -437,6 +439,26 @@ def test_numbers_may_be_plain_floats(kind, config):
     found, expected = floats.outputs(), given.replaced(**rows).outputs()
     if kind.slot != "hyperparameters":
         close(found, expected)
+
+
+@every
+def test_it_reads_the_numbers_that_it_says(kind, config):
+    """The agents' gradient depends on these and no others."""
+    if kind.slot not in ("objective", "auxiliary"):
+        assert not hasattr(kind, "reads")
+        return
+    given = case(build(kind, config))
+    theta = given.data["theta"].requires_grad_(True)
+
+    def gradient(**numbers):
+        hyper = {f"hyper/{k}": torch.full((P, 1), v, dtype=torch.float64) for k, v in (NUMBERS | numbers).items()}
+        loss = given.replaced(**hyper).outputs(theta, acted=0.9 * theta.detach())["loss"]
+        return torch.autograd.grad(loss.sum(), theta)[0]
+
+    usual = gradient()
+    changed = {k: 0.9 * v for k, v in NUMBERS.items()} | {"clip_range_vf": 0.1, "max_grad_norm": 0.1, "aux_coef": 0.1}
+    read = {k for k, v in changed.items() if not torch.equal(gradient(**{k: v}), usual)}
+    assert read == set(given.component.reads)
 
 
 @every

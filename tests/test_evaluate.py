@@ -39,7 +39,12 @@ from meta_optimizers.truncated import TruncatedConfig
 from objectives.lpg import LPG
 
 AGENT = PPOConfig(
-    n_envs=2, n_steps=5, n_epochs=1, n_minibatches=1, optimizer="sgd", hyper=Hyper(learning_rate=30.0, aux_coef=0.5)
+    n_envs=2,
+    n_steps=5,
+    n_epochs=1,
+    n_minibatches=1,
+    optimizer="sgd",
+    hyper=Hyper(learning_rate=30.0, max_grad_norm=0.25),
 )
 SMALL = Evaluate(
     family="chain/short", baselines="a2c,untrained", tasks=3, seeds=2, updates=4, trials=2, tuning_tasks=2,
@@ -317,14 +322,30 @@ def test_a_learned_objective_by_its_name_alone_is_called_untrained(tmp_path, fil
         assert [s.method for s in read_scores(args.out / SCORES)] == [label]
 
 
-def test_a_number_that_the_objective_does_not_read_is_refused(tmp_path, file):
-    changed = dataclasses.replace(AGENT, hyper=AGENT.hyper.replace(ent_coef=0.125))
-    args = Train(objective=str(file), steps=10, checkpoints=1, episodes=1, config=changed, out=tmp_path / "run")
-    sentence = r"^config\.hyper\.ent_coef is 0\.125, but 'lpg' does not read it: expected 0\.0, which changes as little"
-    with pytest.raises(UserError, match=sentence):
-        train("chain/short", args, ["train"])
-    assert not args.out.exists()
-    assert make_component("disco103").ignores == {"ent_coef"} and make_component("dpo").ignores == {"prediction_coef"}
+@pytest.mark.parametrize(
+    ("plugged", "name", "sentence"),
+    [
+        ({"objective": "lpg"}, "ent_coef", "but 'lpg' does not read it: expected 0.0, which changes as little."),
+        ({}, "prediction_coef", "but 'ppo_clip' does not read it: expected 0.5, which changes as little."),
+        ({"objective": "impala"}, "aux_coef", "but nothing in the auxiliary slot reads it: expected 1.0"),
+        ({"objective": "dpo", "preset": "a2c"}, "clip_range", "but 'dpo' does not read it: expected inf"),
+    ],
+)
+def test_a_number_that_nothing_reads_is_refused(tmp_path, plugged, name, sentence):
+    base = PPOConfig.a2c() if "preset" in plugged else AGENT
+    run = {"steps": base.n_envs * base.n_steps, "checkpoints": 1, "episodes": 1} | plugged
+    changed = dataclasses.replace(base, hyper=base.hyper.replace(**{name: 0.125}))
+    with pytest.raises(UserError, match=re.escape(f"config.hyper.{name} is 0.125, {sentence}")):
+        train("chain/short", Train(config=changed, out=tmp_path / "refused", **run), ["train"])
+    assert not (tmp_path / "refused").exists()
+    train("chain/short", Train(config=base, out=tmp_path / "run", **run), ["train"])
+
+
+def test_a_file_of_settings_that_the_learned_method_does_not_read_is_refused(tmp_path, file):
+    config = tmp_path / "settings.toml"
+    config.write_text("[config.hyper]\nvf_coef = 0.125\n")
+    with pytest.raises(UserError, match=r"config\.hyper\.vf_coef is 0\.125, but 'lpg' does not read it"):
+        evaluate(file, dataclasses.replace(SMALL, config=config, out=tmp_path / "run"), ["evaluate"])
 
 
 def test_rollouts_that_only_fill_a_replay_are_no_updates(tmp_path):
@@ -374,7 +395,7 @@ def test_files_of_other_objectives_are_rivals_and_agents_have_the_settings_of_a_
     assert [objective.name for objective, *_ in compared] == ["lpg", "dpo", "ppo_soft_clip", "lpg"]
     assert compared[0][0].config.predictions == 3 and compared[3][0].config.predictions == 5
     first = compared[0][1]
-    assert (first.n_steps, first.hyper.learning_rate, first.hyper.aux_coef) == (7, 3.0, 0.5)
+    assert (first.n_steps, first.hyper.learning_rate, first.hyper.max_grad_norm) == (7, 3.0, 0.25)
     assert all((c.n_envs, c.n_steps, h) == (2, 7, 4) for _, c, h in compared)
     assert compared[3][1].hyper.learning_rate == 30.0, "that of its own file: the first trial is what there is"
     assert read_config(out / TUNED / "ppo_soft_clip.toml", Train()).objective == str(other)

@@ -21,8 +21,7 @@ from gymnasium.spaces import Space as GymSpace
 from experiments.scores import Scorer
 from experiments.tuning.study import Direction, Pruned, Study, Tested, Trial
 from learned_rl import artifacts
-from learned_rl.component import Component, Objective, UpdateRule
-from learned_rl.defaults import PPOClip
+from learned_rl.component import NUMBERS, Component, Objective, UpdateRule
 from learned_rl.evaluation import Array, Checkpoint, Curves, iqm, learning_curves
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import components, make_family
@@ -40,7 +39,7 @@ CRITIC = ("gae_lambda", "ent_coef", "vf_coef")
 SURROGATE = ("clip_range", "n_epochs", "n_minibatches")
 LAYERS = ("hidden", "activation", "shared")
 #: The numbers alone, without gamma: what an evaluation searches for each of its methods.
-NUMBERS = ("learning_rate", "max_grad_norm", "gae_lambda", "ent_coef")
+OF_EVALUATION = ("learning_rate", "max_grad_norm", "gae_lambda", "ent_coef")
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,11 @@ def agent_space(
 
 def unread(config: PPOConfig, objective: Objective | None, observation_space: GymSpace) -> set[str]:
     """Names of searchable settings that this algorithm does not read on these observations."""
-    objective = PPOClip() if objective is None else objective
-    found = objective.ignores if objective.needs_value else {*objective.ignores, "normalize_advantage", "shared"}
-    clipped = isinstance(objective, PPOClip) and not isinstance(objective, DPO)
-    if not (clipped and math.isfinite(config.hyper.clip_range)):
+    slots = Slots.fill(config, objective=objective)
+    objective, found = slots.objective, {*NUMBERS} - slots.reads
+    if not objective.needs_value:
+        found |= {"normalize_advantage", "shared"}
+    if math.isinf(config.hyper.clip_range):
         found.add("clip_range")
     if objective.whole_rollouts:
         found.add("n_minibatches")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from experiments.scores import Scorer
-from learned_rl.component import Hyper
+from learned_rl.component import NUMBERS, Hyper
 from learned_rl.defaults import Constants
 from learned_rl.evaluation import Array, episode_returns, iqm, repeat_tasks
 from learned_rl.lifetimes import Lifetimes
@@ -31,7 +31,7 @@ from learned_rl.ppo import Algorithm
 from learned_rl.spaces import Space
 from learned_rl.tasks.base import Split, TaskFamily, unknown
 from learned_rl.types import UserError, at_least, stream_seed
-from objectives.schedule import NUMBERS, Schedule, ScheduleConfig, check_number
+from objectives.schedule import Schedule, ScheduleConfig, check_number
 
 Numbers = dict[str, Array]
 

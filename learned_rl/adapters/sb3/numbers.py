@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +18,9 @@ from torch import Tensor
 
 from learned_rl.adapters.common import find, frozen, nearest
 from learned_rl.adapters.sb3.objective import LIBRARY, ObjectivePPO
-from learned_rl.component import Component, Context, Hyper, Hyperparameters
+from learned_rl.component import NUMBERS, Component, Context, Hyper, Hyperparameters
 from learned_rl.trajectory import Trajectory
 from learned_rl.types import UserError, at_least
-
-NUMBERS = {f.name: f for f in dataclasses.fields(Hyper)}
 
 
 def write_numbers(model: BaseAlgorithm, **numbers: float | int | None) -> None:

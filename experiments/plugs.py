@@ -86,13 +86,10 @@ def check_numbers(slots: Slots, given: Hyper, usual: Hyper) -> None:
     """
     for name in NUMBERS:
         if (number := getattr(given, name)) != (suits := getattr(usual, name)) and name not in slots.reads:
-            reads = (
-                "nothing in the auxiliary slot reads"
-                if name == "aux_coef"
-                else f"{slots.objective.name!r} does not read"
-            )
+            reader = "the empty auxiliary slot" if name == "aux_coef" else repr(slots.objective.name)
             raise UserError(
-                f"config.hyper.{name} is {number}, but {reads} it: expected {suits}, which changes as little."
+                f"config.hyper.{name} is {number}, but {reader} does not read it: expected {suits}, which changes as "
+                "little."
             )
 
 

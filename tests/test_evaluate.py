@@ -327,7 +327,7 @@ def test_a_learned_objective_by_its_name_alone_is_called_untrained(tmp_path, fil
     [
         ({"objective": "lpg"}, "ent_coef", "but 'lpg' does not read it: expected 0.0, which changes as little."),
         ({}, "prediction_coef", "but 'ppo_clip' does not read it: expected 0.5, which changes as little."),
-        ({"objective": "impala"}, "aux_coef", "but nothing in the auxiliary slot reads it: expected 1.0"),
+        ({"objective": "impala"}, "aux_coef", "but the empty auxiliary slot does not read it: expected 1.0"),
         ({"objective": "dpo", "preset": "a2c"}, "clip_range", "but 'dpo' does not read it: expected inf"),
     ],
 )

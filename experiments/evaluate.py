@@ -17,7 +17,7 @@ from gymnasium.spaces import Discrete
 
 from experiments.config_file import read_config, write_config
 from experiments.options import listed, usable_device
-from experiments.plugs import check_numbers
+from experiments.plugs import check_settings
 from experiments.report import Scores, Unit, append_scores, conclude, read_scores
 from experiments.runs import SCORES, Progress, Run, default_folder
 from experiments.scores import Scorer
@@ -139,7 +139,8 @@ def _methods(learned: Objective | UpdateRule, path: Path, family: TaskFamily, ar
     config = _suited(learned, family)
     if args.config is not None:
         given = read_config(args.config, AgentSettings(config)).config
-        check_numbers(Slots.fill(given, **{learned.slot: learned}), given.hyper, config.hyper)
+        slots = Slots.fill(given, **{learned.slot: learned})
+        check_settings(given, config, slots, [learned.slot], family.observation_space)
         config = given
     config = dataclasses.replace(config, n_envs=args.n_envs or config.n_envs)
     first = Method(learned.name, config, {learned.slot: learned}, {learned.slot: str(path)}, updates, args.tune_learned)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Annotated, Any
 
 import tyro
+from gymnasium import Space
 
 from experiments.config_file import configured
 from experiments.options import listed
 from learned_rl import artifacts
-from learned_rl.component import NUMBERS, SLOTS, Component, Hyper
-from learned_rl.ppo import Slots
+from learned_rl.agents import KINDS, agent_kind
+from learned_rl.component import NUMBERS, SLOTS, Component
+from learned_rl.ppo import PPOConfig, Slots
 from learned_rl.registry import components
 from learned_rl.tasks.base import unknown
 from learned_rl.training import Plug
@@ -78,18 +81,46 @@ def plugs(args: Plugged, linear_decay: bool) -> dict[str, Plug]:
     return {slot: _made(slot, named[slot], settings[slot]) if settings[slot] else named[slot] for slot in SLOTS}
 
 
-def check_numbers(slots: Slots, given: Hyper, usual: Hyper) -> None:
-    """Whether an update depends on the numbers that are others than usual.
+def unread(config: PPOConfig, slots: Slots, plugged: Collection[str], observation_space: Space) -> dict[str, str]:
+    """Settings of an algorithm on which nothing depends: path in `PPOConfig` -> who does not read it.
+
+    Args:
+        plugged: the slots that do not hold what the configuration says.
+    """
+    objective, numbers, rule = slots.objective, slots.hyperparameters, slots.optimizer
+    name = repr(objective.name)
+    found = {f"hyper.{k}": name for k in NUMBERS if k not in slots.reads}
+    if "hyper.aux_coef" in found:
+        found["hyper.aux_coef"] = "the empty auxiliary slot"
+    kind = agent_kind(config.agent, observation_space)
+    own = {k for agent in KINDS.values() for k in agent.reads} - {*KINDS[kind].reads}
+    found |= {f"agent.{k}": f"an agent of kind {kind!r}" for k in own}
+    if not objective.needs_value:
+        found |= {"agent.shared": name, "agent.value_support": name}
+    if "objective" in plugged:
+        found["normalize_advantage"] = name
+    if "hyperparameters" in plugged and not hasattr(numbers.config, "linear_decay"):
+        found["linear_decay"] = repr(numbers.name)
+    if "optimizer" in plugged:
+        found |= {"optimizer": repr(rule.name), "stop_denominator": repr(rule.name)}
+    if not config.replay_capacity:
+        found["replay_batch"] = "an update without replay"
+    return found
+
+
+def check_settings(
+    given: PPOConfig, usual: PPOConfig, slots: Slots, plugged: Collection[str], observation_space: Space
+) -> None:
+    """Whether something depends on the settings that are others than usual.
 
     Raises:
         UserError: one that would change nothing.
     """
-    for name in NUMBERS:
-        if (number := getattr(given, name)) != (suits := getattr(usual, name)) and name not in slots.reads:
-            reader = "the empty auxiliary slot" if name == "aux_coef" else repr(slots.objective.name)
+    for path, reader in unread(given, slots, plugged, observation_space).items():
+        value, suits = attrgetter(path)(given), attrgetter(path)(usual)
+        if value != suits:
             raise UserError(
-                f"config.hyper.{name} is {number}, but {reader} does not read it: expected {suits}, which changes as "
-                "little."
+                f"config.{path} is {value}, but {reader} does not read it: expected {suits}, which changes as little."
             )
 
 

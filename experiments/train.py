@@ -15,7 +15,7 @@ import torch
 from experiments.config_file import early_option
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
-from experiments.plugs import Plugged, check_numbers, plugs
+from experiments.plugs import Plugged, check_settings, plugs
 from experiments.report import append_scores, conclude
 from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPOConfig, __version__, artifacts
@@ -79,8 +79,10 @@ class _Session:
         many = {"seeds": args.seeds, "seed": args.seed, "device": args.device}
         self.agent = SelfTuning(env, args.config, learned=args.learned, outer=args.outer, **many, **plugged)  # type: ignore[arg-type]
         self.agent.config.check_learns(math.ceil(args.steps / self.agent.per_update))
-        check_numbers(self.agent.algorithm.slots, args.config.hyper, self._usual().hyper)
-        defaults = SelfTuningConfig(), SelfTuningConfig.suited(self.agent.family.observation_space)
+        taken = [slot for slot in SLOTS if plugged[slot] is not None]
+        space = self.agent.family.observation_space
+        check_settings(args.config, self._usual(), self.agent.algorithm.slots, taken, space)
+        defaults = SelfTuningConfig(), SelfTuningConfig.suited(space)
         if not self.agent.learned and args.learned != [] and args.outer not in defaults:
             raise UserError(
                 "--outer and --estimator say how parts are learned online, and none is: expected --self-tune, or a "

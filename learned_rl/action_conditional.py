@@ -35,6 +35,8 @@ class ActionConditionalAgent(Agent):
         head_hidden: widths of the perceptrons behind it.
     """
 
+    reads = ("hidden", "activation", "model", "head_hidden")
+
     def __init__(
         self,
         inputs: int,

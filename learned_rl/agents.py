@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
 import torch
@@ -75,6 +75,8 @@ class MLPAgent(Agent):
         conditions: numbers of the update that the trunks are told beside the features, through one linear embedding
                 (Xu et al., 2018, arXiv:1805.09801, section 1.4). They are a weight that no gradient reaches.
     """
+
+    reads = ("hidden", "activation", "shared")
 
     def __init__(
         self,
@@ -172,6 +174,8 @@ class ConvAgent(MLPAgent):
 
     The network of MinAtar's reference agents (Young & Tian, 2019, arXiv:1903.03176): 16 channels, then 128 units.
     """
+
+    reads = ("channels", "hidden", "activation")
 
     def __init__(
         self,
@@ -292,6 +296,33 @@ class AgentConfig:
         at_least(0, value_support=self.value_support)
 
 
+KINDS: dict[str, type[Agent]] = {
+    "tabular": TabularAgent,
+    "mlp": MLPAgent,
+    "conv": ConvAgent,
+    "action_conditional": ActionConditionalAgent,
+}
+
+
+def agent_kind(config: AgentConfig, observation_space: gymnasium.Space) -> str:
+    """The architecture among `KINDS` that `config` names for these observations.
+
+    Raises:
+        UserError: it does not take them.
+    """
+    shape, kind = observation_space.shape, config.kind
+    discrete = isinstance(observation_space, Discrete)
+    planes = not discrete and shape is not None and len(shape) == 3
+    if kind == "auto":
+        kind = "tabular" if discrete else "conv" if planes and shape is not None and min(shape[1:]) >= 3 else "mlp"
+    fits = {"tabular": discrete, "mlp": not discrete, "conv": planes, "action_conditional": True}
+    if shape is None or not fits[kind]:
+        raise UserError(
+            f"An agent of kind {kind!r} does not take observations of {observation_space}: try kind='auto'."
+        )
+    return kind
+
+
 def make_agent(
     config: AgentConfig,
     observation_space: gymnasium.Space,
@@ -310,32 +341,23 @@ def make_agent(
     """
     policy, heads = PolicyHead(action_space, config.gaussian), heads or {}
     numbers = 0 if not value else CategoricalValue(config.value_support).bins if config.value_support else 1
-    shape, kind = observation_space.shape, config.kind
-    discrete = isinstance(observation_space, Discrete)
-    if kind == "action_conditional" and shape is not None:
+    kind, shape = agent_kind(config, observation_space), observation_space.shape or ()
+    settings: dict[str, Any] = {name: getattr(config, name) for name in KINDS[kind].reads}
+    states = int(observation_space.n) if isinstance(observation_space, Discrete) else math.prod(shape)
+    if kind == "action_conditional":
         if conditions:
             raise UserError(f"An 'action_conditional' agent cannot be told {', '.join(conditions)}: try kind='mlp'.")
-        inputs = int(observation_space.n) if isinstance(observation_space, Discrete) else math.prod(shape)
-        sizes = config.hidden, config.activation, config.model, config.head_hidden
-        return ActionConditionalAgent(inputs, len(shape), policy, heads, numbers, *sizes)
-    planes = not discrete and shape is not None and len(shape) == 3
-    if kind == "auto":
-        kind = "tabular" if discrete else "conv" if planes and shape is not None and min(shape[1:]) >= 3 else "mlp"
-    if (kind == "tabular") != discrete or (kind == "conv" and not planes) or shape is None:
-        raise UserError(
-            f"An agent of kind {kind!r} does not take observations of {observation_space}: try kind='auto'."
-        )
-    if isinstance(observation_space, Discrete):
+        return ActionConditionalAgent(states, len(shape), policy, heads, numbers, **settings)
+    if kind == "tabular":
         if conditions:
             raise UserError(
                 f"A tabular agent cannot be told {', '.join(conditions)}: expected vectors or images to see, or a part "
                 "that tells it nothing (of 'mgrl': embedding=false)."
             )
-        return TabularAgent(int(observation_space.n), policy, heads, numbers)
+        return TabularAgent(states, policy, heads, numbers)
     if kind == "conv":
-        hidden, planes_shape = config.hidden, (shape[0], shape[1], shape[2])
-        return ConvAgent(planes_shape, policy, heads, numbers, config.channels, hidden, config.activation, conditions)
-    return MLPAgent(shape, policy, heads, numbers, config.hidden, config.activation, config.shared, conditions)
+        return ConvAgent((shape[0], shape[1], shape[2]), policy, heads, numbers, conditions=conditions, **settings)
+    return MLPAgent(shape, policy, heads, numbers, conditions=conditions, **settings)
 
 
 class Population(nn.Module):

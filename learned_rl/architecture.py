@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import gymnasium
 import torch
@@ -110,9 +110,11 @@ class Agent(ABC):
         conditions: names of the numbers of the update that the network is told; its weight "condition" holds them.
         obs_dim: number of axes of one observation, by which [P, B, ...] is told from [T, P, B, ...].
         watched: whether outputs tell what the units of its layers said, for update rules that ask.
+        reads: fields of `AgentConfig` that say how large it is, and of what; arguments of the same names.
     """
 
     shapes: dict[str, tuple[int, ...]]
+    reads: ClassVar[tuple[str, ...]] = ()
     conditions: tuple[str, ...] = ()
     watched: bool = False
 

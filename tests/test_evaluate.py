@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -322,23 +323,35 @@ def test_a_learned_objective_by_its_name_alone_is_called_untrained(tmp_path, fil
         assert [s.method for s in read_scores(args.out / SCORES)] == [label]
 
 
+CHAIN, VECTORS = "chain/short", "control/cartpole-default"
+
+
 @pytest.mark.parametrize(
-    ("plugged", "name", "sentence"),
+    ("env", "plugged", "path", "value", "reader", "suits"),
     [
-        ({"objective": "lpg"}, "ent_coef", "but 'lpg' does not read it: expected 0.0, which changes as little."),
-        ({}, "prediction_coef", "but 'ppo_clip' does not read it: expected 0.5, which changes as little."),
-        ({"objective": "impala"}, "aux_coef", "but the empty auxiliary slot does not read it: expected 1.0"),
-        ({"objective": "dpo", "preset": "a2c"}, "clip_range", "but 'dpo' does not read it: expected inf"),
+        (CHAIN, {"objective": "lpg"}, "hyper.ent_coef", 0.125, "'lpg'", 0.0),
+        (CHAIN, {}, "hyper.prediction_coef", 0.125, "'ppo_clip'", 0.5),
+        (CHAIN, {"objective": "impala"}, "hyper.aux_coef", 0.125, "the empty auxiliary slot", 1.0),
+        (CHAIN, {"objective": "dpo", "preset": "a2c"}, "hyper.clip_range", 0.125, "'dpo'", math.inf),
+        (CHAIN, {}, "agent.hidden", (32,), "an agent of kind 'tabular'", (64, 64)),
+        (VECTORS, {}, "agent.model", 32, "an agent of kind 'mlp'", 128),
+        (VECTORS, {"objective": "lpg"}, "agent.value_support", 10, "'lpg'", 0),
+        (CHAIN, {"objective": "dpo"}, "normalize_advantage", False, "'dpo'", True),
+        (CHAIN, {"hyperparameters": "schedule"}, "linear_decay", True, "'schedule'", False),
+        (CHAIN, {"optimizer": "l2l"}, "optimizer", "momentum", "'l2l'", "adam"),
+        (CHAIN, {}, "replay_batch", 32, "an update without replay", 64),
     ],
 )
-def test_a_number_that_nothing_reads_is_refused(tmp_path, plugged, name, sentence):
+def test_a_setting_that_nothing_reads_is_refused(tmp_path, env, plugged, path, value, reader, suits):
     base = PPOConfig.a2c() if "preset" in plugged else AGENT
+    *within, name = path.split(".")
+    part = {name: value}
+    changed = dataclasses.replace(base, **{k: dataclasses.replace(getattr(base, k), **part) for k in within} or part)
     run = {"steps": base.n_envs * base.n_steps, "checkpoints": 1, "episodes": 1} | plugged
-    changed = dataclasses.replace(base, hyper=base.hyper.replace(**{name: 0.125}))
-    with pytest.raises(UserError, match=re.escape(f"config.hyper.{name} is 0.125, {sentence}")):
-        train("chain/short", Train(config=changed, out=tmp_path / "refused", **run), ["train"])
+    sentence = f"config.{path} is {value}, but {reader} does not read it: expected {suits}, which changes as little."
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        train(env, Train(config=changed, out=tmp_path / "refused", **run), ["train"])
     assert not (tmp_path / "refused").exists()
-    train("chain/short", Train(config=base, out=tmp_path / "run", **run), ["train"])
 
 
 def test_a_file_of_settings_that_the_learned_method_does_not_read_is_refused(tmp_path, file):

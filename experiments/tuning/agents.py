@@ -18,10 +18,11 @@ import numpy as np
 from gymnasium.spaces import Discrete
 from gymnasium.spaces import Space as GymSpace
 
+from experiments import plugs
 from experiments.scores import Scorer
 from experiments.tuning.study import Direction, Pruned, Study, Tested, Trial
 from learned_rl import artifacts
-from learned_rl.component import NUMBERS, Component, Objective, UpdateRule
+from learned_rl.component import Component, Objective, UpdateRule
 from learned_rl.evaluation import Array, Checkpoint, Curves, iqm, learning_curves
 from learned_rl.ppo import Algorithm, PPOConfig, Slots
 from learned_rl.registry import components, make_family
@@ -137,15 +138,12 @@ def agent_space(
 def unread(config: PPOConfig, objective: Objective | None, observation_space: GymSpace) -> set[str]:
     """Names of searchable settings that this algorithm does not read on these observations."""
     slots = Slots.fill(config, objective=objective)
-    objective, found = slots.objective, {*NUMBERS} - slots.reads
-    if not objective.needs_value:
-        found |= {"normalize_advantage", "shared"}
+    paths = plugs.unread(config, slots, () if objective is None else ("objective",), observation_space)
+    found = {path.rpartition(".")[2] for path in paths}
     if math.isinf(config.hyper.clip_range):
         found.add("clip_range")
-    if objective.whole_rollouts:
+    if slots.objective.whole_rollouts:
         found.add("n_minibatches")
-    if len(observation_space.shape or ()) != 1:  # tables have no layers, and convolutions no trunk to share
-        found |= {"shared"} if observation_space.shape else set(LAYERS)
     return found
 
 

@@ -22,7 +22,7 @@ from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
 from experiments.recipes import Recipe
 from experiments.report import metrics_figure
-from experiments.runs import Checkpoint, Progress, Run, default_folder, plain
+from experiments.runs import ARTIFACT, Checkpoint, Progress, Run, default_folder, plain
 from experiments.scores import Scorer
 from learned_rl import __version__, artifacts
 from learned_rl.evaluation import Curves, iqm, learning_curves
@@ -33,7 +33,6 @@ from learned_rl.types import Tree, at_least
 from meta_optimizers.group import Group, Processes
 from meta_optimizers.trainer import MetaTrainer
 
-ARTIFACT = "component.safetensors"
 FIGURE = Path("figures") / "training.png"
 FIRST_FIGURE = 20  # meta-steps: something to look at long before the first validation
 EXTENSIBLE = ("minutes", "meta_steps", "checkpoint_every")  # when to stop and to save: nothing that is learned
@@ -92,7 +91,7 @@ class _Session:
         return {"return": metrics["return"], "meta_loss": loss, "steps/s": round(rate)}
 
     def validate(self) -> float:
-        """Let fresh agents live on validation tasks; save the component if it is the best so far.
+        """Let fresh agents live on validation tasks; save the component if none so far was better.
 
         Returns their score at the end of life; not a number but in the first process, where alone they live.
         """
@@ -103,7 +102,7 @@ class _Session:
         scored = self.scorer(fresh_lives(recipe, self.family, trainer, "validation", recipe.validation_tasks))
         final, area = iqm(scored.final), iqm(scored.area)
         score = (final + area) / 2
-        if score > self.best or not (self.run.path / ARTIFACT).exists():
+        if score >= self.best or not (self.run.path / ARTIFACT).exists():
             self.best = score if np.isfinite(score) else self.best
             artifacts.save(self.trainer.component, self.run.path / ARTIFACT, self._provenance(final, area))
         self.run.log(trainer.steps, {"meta/heldout_return": final, "meta/heldout_area": area} | self._spent())
@@ -226,6 +225,9 @@ def meta_train(args: MetaTrain, command: list[str], group: Group | None = None) 
         if session.validated != trainer.steps:
             session.validate()
         session.checkpoint()
+    if group.first:
+        kept = artifacts.read_header(folder / ARTIFACT)["provenance"]["meta_steps"]
+        console.print(f"best on validation tasks: after {kept} meta-steps")
     trainer.check_moved()
     return folder / ARTIFACT
 

@@ -81,6 +81,12 @@ def plugs(args: Plugged, linear_decay: bool) -> dict[str, Plug]:
     return {slot: _made(slot, named[slot], settings[slot]) if settings[slot] else named[slot] for slot in SLOTS}
 
 
+def file_digests(args: Plugged) -> dict[str, str]:
+    """Slot -> the checksum of the file that is plugged into it, where it is one."""
+    files = {slot: name for slot in SLOTS if (name := getattr(args, slot)) is not None and name not in components()}
+    return {slot: artifacts.read_header(name)["sha256"] for slot, name in files.items()}
+
+
 def unread(config: PPOConfig, slots: Slots, plugged: Collection[str], observation_space: Space) -> dict[str, str]:
     """Settings of an algorithm on which nothing depends: path in `PPOConfig` -> who does not read it.
 

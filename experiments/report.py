@@ -342,7 +342,7 @@ def metrics_figure(run_folder: Path) -> Figure:
         if smooth:
             ax.plot(steps, running_mean(values, len(values) // 25), color=COLOURS[0], lw=1.8)
         count_axis(ax)
-        ax.set(title=tag, xlabel="meta-updates" if outer else "environment steps")
+        ax.set(title=tag, xlabel="meta-steps" if outer else "environment steps")
     if len(order) > PANELS:
         figure.supxlabel(f"{PANELS} of {len(order)} logged numbers; the others are in {METRICS}", fontsize=9)
     return figure

@@ -43,6 +43,7 @@ from learned_rl.files import replacing, speaking
 from learned_rl.types import UserError
 
 CONFIG, METRICS, CHECKPOINT, SCORES = "config.json", "metrics.csv", "checkpoint.pt", "scores.csv"
+ARTIFACT = "component.safetensors"  # what meta-training leaves
 HEADER = "step,tag,value\n"
 PACKAGES = ("learned-rl", "torch", "numpy", "gymnasium", "higher")
 

@@ -26,6 +26,7 @@ from learned_rl.defaults import PPOClip
 from learned_rl.distributions import Categorical
 from learned_rl.registry import components, families
 from learned_rl.trajectory import Trajectory
+from learned_rl.types import UserError
 from learned_rl.update_rules import SGD, Adam
 from meta_optimizers.meta_sgd import MetaSGD
 from objectives.disco import Disco
@@ -42,7 +43,12 @@ def show(file: str, out: Path | None) -> Path | None:
     Raises:
         UserError: no such component, a damaged file, or a picture that cannot be written.
     """
+    if out is not None and out.suffix != ".png":
+        raise UserError(f"--out is {out}: the picture is a PNG, expected a name such as {out.with_suffix('.png')}.")
     component = artifacts.get(file)
+    named = file in components()  # and not a file: what is learned has fresh weights
+    fresh = named and any(True for _ in component.parameters())
+    usual = Path(f"{file}-untrained.png" if fresh else f"{file}.png" if named else file).with_suffix(".png")
     _describe(component)
     if isinstance(component, LPG):
         figure = _lpg_figure(component)
@@ -60,7 +66,7 @@ def show(file: str, out: Path | None) -> Path | None:
         figure = _optimizer_figure(component)
     else:
         return None
-    return save_figure(figure, out or Path(f"{file}.png" if file in components() else file).with_suffix(".png"))
+    return save_figure(figure, out or usual)
 
 
 def _describe(component: Component) -> None:

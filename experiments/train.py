@@ -15,9 +15,9 @@ import torch
 from experiments.config_file import early_option
 from experiments.interrupt import holding_interrupts
 from experiments.options import usable_device
-from experiments.plugs import Plugged, check_settings, plugs
+from experiments.plugs import Plugged, check_settings, file_digests, plugs
 from experiments.report import append_scores, conclude
-from experiments.runs import SCORES, Progress, Run, default_folder, sb3_tags
+from experiments.runs import ARTIFACT, SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPOConfig, __version__, artifacts
 from learned_rl.component import SLOTS, Objective, UpdateRule
 from learned_rl.evaluation import Curves
@@ -52,7 +52,7 @@ class Train(Plugged):
     label: str | None = None
     """name of the method in tables and figures; default: what is plugged in"""
     out: Path | None = None
-    """run folder; default: runs/ENV__seedN__TIME"""
+    """run folder; default: runs/METHOD-ENV__seedN__DATE-TIME"""
     resume: bool = False
     """continue the run in --out from its checkpoint"""
     device: str = "cpu"
@@ -106,8 +106,11 @@ class _Session:
 
     def method(self) -> str:
         """Name of what runs: the objective or preset, and whatever is learned online."""
-        base = Path(self.args.objective).stem if self.args.objective else (self.args.preset or "ppo")
+        base = self.args.preset or "ppo"
         parts = dict(self.agent.algorithm.slots.items())
+        if (named := self.args.objective) is not None:
+            path = Path(named)
+            base = path.stem if path.name != ARTIFACT else f"{parts['objective'].name}-{path.resolve().parent.name}"
         if self.args.objective in components() and any(True for _ in parts["objective"].parameters()):
             base += "-untrained"  # by its name alone a learned objective has fresh weights
         return "+".join([base, *(parts[slot].name for slot in self.agent.learned if slot != "objective")])
@@ -202,6 +205,7 @@ def train(env: str, args: Train, command: list[str]) -> Path:
     method = args.label or session.method()
     out = args.out or default_folder("runs", f"{method}-{env.replace('/', '-')}", args.seed)
     settings = {"env": env} | {k: v for k, v in vars(args).items() if k not in ("out", "resume", "device", "label")}
+    settings["sha256"] = file_digests(args)  # a file written anew is another part
     run = session.run = Run.create(out, command=command, config=settings, seed=args.seed, resume=args.resume)
     if args.resume:
         session.resume()

@@ -29,6 +29,7 @@ from experiments.tuning.outputs import save_figures, write_trials
 from experiments.tuning.samplers import Pruner, Sampler, SearchConfig
 from experiments.tuning.storage import masked, open_storage, place_of, speaking_storage
 from experiments.tuning.study import COSTS, FINISHED, Direction, Pruned, Search, Study, check
+from learned_rl import artifacts
 from learned_rl.files import replacing, speaking
 from learned_rl.tasks.base import unknown
 from learned_rl.types import UserError, at_least
@@ -137,7 +138,9 @@ def make_study(what: str, args: Tune) -> tuple[Study, str]:
     if what in recipes():
         _refuse(what, args, AGENT_ONLY, "a recipe")
         return _outer(what, args), what
-    if what not in studies() and not Path(what).exists():
+    if what.endswith(artifacts.SUFFIX):
+        artifacts.read_header(what)  # says what is nearest where there is no such file
+    elif what not in studies() and not Path(what).exists():
         raise unknown("study", what, studies())
     _refuse(what, args, OUTER_ONLY, "an algorithm")
     if args.env is None:

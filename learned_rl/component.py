@@ -197,6 +197,8 @@ class Objective(Component):
     needs_value: ClassVar[bool] = True
     #: whether its loss reads whole rollouts in the order of time, and so cannot be cut into minibatches
     whole_rollouts: ClassVar[bool] = False
+    #: whether `approx_kl` is among its metrics: the mean KL in nats of the policy from the one that acted
+    reports_kl: ClassVar[bool] = False
     #: names of the terms that `agent_regularisers` and `target_regularisers` return
     regularisers: ClassVar[tuple[str, ...]] = ()
     #: names of the numbers on which its loss depends; of an objective that does not say, any

@@ -50,6 +50,7 @@ class PPOClip(Objective):
     """
 
     name: ClassVar[str] = "ppo_clip"
+    reports_kl: ClassVar[bool] = True
     Config: ClassVar[Any] = PPOClipConfig
     reads: tuple[str, ...] = (*ACTOR_CRITIC, "clip_range", "clip_range_vf")
     #: a hard bound decides which samples count, and nothing else

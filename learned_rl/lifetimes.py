@@ -179,6 +179,7 @@ class Lifetimes:
         self.env = family.make(tasks, algorithm.config.n_envs, env_seed, device, **shared)
         self.obs = self._shaped(self.env.reset(seed=env_seed)[0])
         self.earned = torch.zeros(lifetimes, dtype=torch.float64, device=device)
+        self.paid_finite = torch.ones(lifetimes, dtype=torch.bool, device=device)  # in the latest rollout
         c = algorithm.config
         self.episodes = EpisodeTracker(lifetimes, c.n_envs, device, dtype)
         self.ended = torch.zeros(lifetimes, c.n_envs, dtype=torch.bool, device=device)  # by the step before `obs`
@@ -224,9 +225,9 @@ class Lifetimes:
         if trajectory is None:
             trajectory = self.collect(inner)
             ended = self.episodes(trajectory)
-        paid = trajectory.reward
+        self.paid_finite = finite(trajectory.reward, 1)
         if fresh and self.replay is not None:
-            self.replay.push(trajectory, finite(paid, 1))  # what is not would be drawn again and again
+            self.replay.push(trajectory, self.paid_finite)  # what is not would be drawn again and again
             trajectory, active = self.replay.sample(self.generator, self.streams), self.replay.ready
         context = Context(self.age, self.horizon, self.memory)
         generator = torch.Generator(self.device).manual_seed(self.shuffle())
@@ -239,7 +240,7 @@ class Lifetimes:
             self.optimizer_state = inner.state
             self.memory = {k: v.detach() for k, v in self.memory.items()}  # stop: nobody looks back
         if active is not None:
-            record = dataclasses.replace(record, alive=record.alive & finite(paid, 1))
+            record = dataclasses.replace(record, alive=record.alive & self.paid_finite)
         return record, ended
 
     @torch.no_grad()

@@ -135,7 +135,8 @@ class PPOConfig:
 
         What was trained on tables says nothing of networks, whose step sizes are worlds apart, and the other way round.
         On networks an objective keeps the settings only if it asks for some as it comes: others are plugged into an
-        ordinary PPO. An optimizer beside an objective adds its step size.
+        ordinary PPO. One that asks for an architecture of its own has the same networks on both. An optimizer beside an
+        objective adds its step size.
         """
         tabular = isinstance(observation_space, gymnasium.spaces.Discrete)
         if optimizer is not None:
@@ -147,7 +148,8 @@ class PPOConfig:
         if objective is None:
             return cls(hyper=Hyper(learning_rate=0.05)) if tabular else cls()
         trained, asked = objective.provenance.get("agent"), objective.settings(tabular)
-        if trained and (tabular or asked) and objective.provenance.get("tabular", True) == tabular:
+        alike = "agent" in asked or objective.provenance.get("tabular", True) == tabular
+        if trained and (tabular or asked) and alike:
             return cls.from_plain(trained)
         return cls(**asked)
 
@@ -239,7 +241,7 @@ class Algorithm:
         agent: makes the agents' architecture (see `ModuleAgent` for any `nn.Module`); None: as configured.
 
     Raises:
-        UserError: minibatches for an objective that reads whole rollouts.
+        UserError: minibatches for an objective that reads whole rollouts, a target for a divergence that nobody says.
     """
 
     def __init__(self, config: PPOConfig, slots: Slots, agent: AgentFactory | None = None) -> None:
@@ -247,6 +249,9 @@ class Algorithm:
         if slots.objective.whole_rollouts and config.n_minibatches > 1:
             name = slots.objective.name
             raise UserError(f"n_minibatches is {config.n_minibatches}: {name!r} reads whole rollouts; expected 1.")
+        if config.target_kl is not None and not slots.objective.reports_kl:
+            name = slots.objective.name
+            raise UserError(f"target_kl is {config.target_kl}, but {name!r} reports no approx_kl: expected none.")
 
     def make_agent(self, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> Agent:
         """The agent that the configuration names, with the heads that the components need."""
@@ -336,10 +341,6 @@ class Algorithm:
             if not isinstance(slots.auxiliary, NoAuxiliary):
                 loss = loss + per_lifetime(hyper.aux_coef) * slots.auxiliary.loss(part_out, part, hyper)
             if c.target_kl is not None:
-                if "approx_kl" not in metrics:
-                    raise UserError(
-                        f"target_kl needs an objective that reports approx_kl; {slots.objective.name!r} does not."
-                    )
                 below = metrics["approx_kl"] <= c.target_kl
                 moving = below if moving is None else moving & below
                 if not bool(moving.any()):

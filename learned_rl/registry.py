@@ -45,7 +45,7 @@ def make_component(name: str) -> Component:
 
 
 def make_family(name: str) -> TaskFamily:
-    """The family that `name/preset` addresses; a bare gymnasium id means `gym/ID`.
+    """The family that `name/preset` addresses; a bare gymnasium id, or `MODULE:ID`, means `gym/ID`.
 
     Raises:
         UserError: no such family, preset or environment.
@@ -53,7 +53,7 @@ def make_family(name: str) -> TaskFamily:
     family, _, preset = name.partition("/")
     if family in families():
         return families()[family](preset) if preset else families()[family]()  # type: ignore[call-arg]
-    if name in gymnasium.registry or family in gymnasium.registry or name.startswith("MinAtar/"):
+    if name in gymnasium.registry or family in gymnasium.registry or name.startswith("MinAtar/") or ":" in name:
         return families()["gym"](name)  # type: ignore[call-arg]
     raise unknown("environment or family", name, family_names())
 

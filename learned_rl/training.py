@@ -18,7 +18,7 @@ from learned_rl.lifetimes import Episodes, Lifetimes, under
 from learned_rl.ppo import AgentFactory, Algorithm, PPOConfig, Slots
 from learned_rl.registry import make_family
 from learned_rl.tasks.base import TaskFamily
-from learned_rl.types import Tasks, Tree, at_least
+from learned_rl.types import Tasks, Tree, at_least, stream_seed
 
 Plug = Component | str | Path | Callable[[], Component] | None
 #: Called after every update with the environment steps of one seed so far and what to log.
@@ -85,8 +85,13 @@ class PPO:
         Args:
             log:      called after every update.
             schedule: environment steps over which learning-rate schedules run; None: `total_steps`.
+
+        Raises:
+            UserError: so few steps that replay does nothing but fill.
         """
-        self.lifetimes.horizon.fill_(math.ceil((schedule or total_steps) / self.per_update))
+        updates = math.ceil((schedule or total_steps) / self.per_update)
+        self.config.check_learns(updates)
+        self.lifetimes.horizon.fill_(updates)
         while self.steps < total_steps:
             before, earned = self.steps, self.lifetimes.earned
             metrics = self._advance()
@@ -105,8 +110,8 @@ class PPO:
         """Go on by an update; what to log of it, averaged over seeds."""
         record, ended = self.lifetimes.advance(self.lifetimes.plain())
         self._remember(ended)
-        if record is None:
-            return {}
+        if record is None:  # replay only fills, and what was paid in no finite number it does not keep
+            return {"broken": float((~self.lifetimes.paid_finite).sum())}
         metrics = {k: v.nanmean().item() for k, v in record.metrics.items()}
         return metrics | {"broken": float((~record.alive).sum())}
 
@@ -127,8 +132,16 @@ class PPO:
             return math.nan, math.nan
         return sum(t[1] / t[0] for t in totals) / len(totals), sum(t[2] / t[0] for t in totals) / len(totals)
 
-    def evaluate(self, episodes: int = 20, greedy: bool = False, seed: int = 10_000) -> Tensor:
-        """[seeds] mean undiscounted return of fresh episodes at the present policies."""
+    def evaluate(self, episodes: int = 20, greedy: bool = False, seed: int | None = None) -> Tensor:
+        """[seeds] mean undiscounted return of fresh episodes at the present policies.
+
+        Args:
+            seed: of the episodes; None derives it from the agents' seed and how far they have come, so that points of a
+                  learning curve, and runs with other seeds, have luck of their own.
+        """
+        at_least(1, episodes=episodes)
+        if seed is None:
+            seed = stream_seed("evaluation", self.lifetimes.seed, self.steps)
         theta = self.lifetimes.population.theta.detach()  # stop: acting makes data
         policy = self.lifetimes.population.bind(theta, policy_only=True)
         tasks = self.lifetimes.tasks()

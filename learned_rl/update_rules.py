@@ -156,8 +156,10 @@ class ClippedAdamConfig(AdamConfig):
 
 
 class ClippedAdam(Adam):
-    """Adam whose steps are at most one learning rate for each parameter, and whose denominator is a constant of the
-    meta-gradient: what moves the agents of Disco103 (Oh et al., Nature 2025)."""
+    """Adam whose steps are bounded, and whose denominator is a constant of the meta-gradient.
+
+    A parameter moves by at most one learning rate. It moves the agents of Disco103 (Oh et al., Nature 2025).
+    """
 
     name, Config = "clipped_adam", ClippedAdamConfig
 

@@ -52,7 +52,7 @@ def actor_critic(out: AgentOutput, action: Tensor, target: Tensor, advantage: Te
 class Impala(Objective):
     """The actor-critic with leaky V-trace."""
 
-    name, Config, whole_rollouts = "impala", ImpalaConfig, True
+    name, Config, whole_rollouts, reports_kl = "impala", ImpalaConfig, True, True
     reads = (*ACTOR_CRITIC, "vtrace_alpha")
     config: ImpalaConfig
 

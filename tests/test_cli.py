@@ -19,10 +19,10 @@ import torch
 from experiments.cli import COMMANDS, Bench, Report, Show
 from experiments.evaluate import BASELINES, Evaluate
 from experiments.interrupt import holding_interrupts
-from experiments.meta_train import ARTIFACT, MetaTrain
+from experiments.meta_train import MetaTrain
 from experiments.options import parse
 from experiments.recipes import get_recipe, recipes
-from experiments.runs import CHECKPOINT, CONFIG, METRICS, SCORES, read_metrics
+from experiments.runs import ARTIFACT, CHECKPOINT, CONFIG, METRICS, SCORES, read_metrics
 from experiments.train import Train
 from learned_rl import PPO, artifacts
 from learned_rl.lifetimes import Lifetimes
@@ -256,11 +256,43 @@ def test_list_lists_everything(say):
         assert name in out, name
 
 
-@pytest.mark.parametrize("name", ["lpg", "dpo", "ppo_clip", "adam", "open"])
-def test_show_draws_a_registered_component(say, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "picture"),
+    [
+        ("lpg", "lpg-untrained.png"),
+        ("dpo", "dpo.png"),
+        ("ppo_clip", "ppo_clip.png"),
+        ("adam", "adam.png"),
+        ("open", "open-untrained.png"),
+    ],
+)
+def test_show_draws_a_registered_component(say, tmp_path, name, picture):
     code, out, _ = say("show", name)
-    assert code == 0 and name in out and f"picture: {name}.png" in out
-    assert is_picture(tmp_path / f"{name}.png")
+    assert code == 0 and name in out and f"picture: {picture}" in out
+    assert is_picture(tmp_path / picture)
+
+
+def test_a_picture_of_another_kind_is_refused(refused, tmp_path):
+    assert "--out is x.gif: the picture is a PNG, expected a name such as x.png." in refused(
+        "show", "dpo", "--out", "x.gif"
+    )
+    assert not (tmp_path / "x.gif").exists()
+
+
+def test_ctrl_c_while_libraries_are_imported(monkeypatch, capsys):
+    class Interrupted:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name == "experiments.cli":
+                raise KeyboardInterrupt
+
+    from experiments.__main__ import main
+
+    monkeypatch.delitem(sys.modules, "experiments.cli")
+    monkeypatch.setattr(sys, "meta_path", [Interrupted, *sys.meta_path])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr().err == "learned-rl: interrupted.\n"
 
 
 def test_show_describes_what_it_cannot_draw(say, tmp_path):
@@ -343,7 +375,7 @@ def test_from_meta_training_to_the_report(say, refused, tmp_path):
     words = "--steps 3000 --seeds 2 --checkpoints 3 --episodes 2 --out unseen"
     code, out, err = say("train", "CartPole-v1", "--objective", meta / ARTIFACT, *words.split())
     assert code == 0 and "CartPole-v1" in out, err
-    check_scores(tmp_path / "unseen" / SCORES, "CartPole-v1", {"component"}, steps=4, runs=2, scored=False)
+    check_scores(tmp_path / "unseen" / SCORES, "CartPole-v1", {"lpg-meta"}, steps=4, runs=2, scored=False)
     updates = sorted({int(r["step"]) for r in rows(tmp_path / "unseen" / METRICS)})
     assert updates == [0, 1280, 2560, 3840]
 

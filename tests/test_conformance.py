@@ -278,6 +278,7 @@ def test_shapes_and_types(kind, config):
         assert not value.is_floating_point() or value.dtype == torch.float64, name
         assert bool(value.isfinite().all()), name
         assert not (branch == "metrics" and value.requires_grad), name
+    assert ("metrics/approx_kl" in found) == getattr(kind, "reports_kl", False)
     if kind.slot == "optimizer":
         assert found["step"].shape == given.data["theta"].shape
         assert bool((found["step"] != 0).any())

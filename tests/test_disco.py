@@ -13,6 +13,7 @@ from test_learning import Held, against_differences, flat, made
 from test_self_tuning import Stages
 from torch.testing import assert_close
 
+from experiments.runs import plain
 from learned_rl import PPO, PPOConfig
 from learned_rl.agents import AgentConfig, Population
 from learned_rl.component import Context, Hyper
@@ -468,6 +469,13 @@ def test_it_brings_its_published_settings():
     assert config.hyper.max_grad_norm == math.inf and config.hyper.learning_rate == 1e-2
     assert PPOConfig.suited(small(), Discrete(4)) == config
     assert small(target_decay=0.75).target_rate == 0.25
+
+
+def test_settings_of_its_meta_training_hold_on_tables_too():
+    """Its networks see both."""
+    rule, agents = small(), dataclasses.replace(PPOConfig.suited(small(), SPACE), n_envs=16, replay_capacity=0)
+    rule.provenance = {"agent": plain(agents), "tabular": False}
+    assert PPOConfig.suited(rule, SPACE) == PPOConfig.suited(rule, Discrete(4)) == agents
 
 
 def in_brief(**changes):

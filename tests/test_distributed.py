@@ -22,8 +22,7 @@ from example_components import RunningReward
 
 from experiments.benchmarks.measure import processes
 from experiments.benchmarks.scaling import free_port
-from experiments.meta_train import ARTIFACT
-from experiments.runs import CHECKPOINT, METRICS, read_metrics
+from experiments.runs import ARTIFACT, CHECKPOINT, METRICS, read_metrics
 from learned_rl import artifacts
 from learned_rl.component import Hyper
 from learned_rl.ppo import PPOConfig

@@ -17,11 +17,11 @@ import experiments.meta_train
 from experiments.cli import speaking
 from experiments.config_file import read_config
 from experiments.evaluate import FIGURE, STUDIES, TUNED, Evaluate, evaluate
-from experiments.meta_train import ARTIFACT, MetaTrain, meta_train
 from experiments.meta_train import FIGURE as TRAINING
+from experiments.meta_train import MetaTrain, meta_train
 from experiments.recipes import Recipe
 from experiments.report import read_scores
-from experiments.runs import CONFIG, METRICS, SCORES, plain, read_json, read_metrics
+from experiments.runs import ARTIFACT, CONFIG, METRICS, SCORES, plain, read_json, read_metrics
 from experiments.show import show
 from experiments.train import FIGURE as CURVE
 from experiments.train import Train, suited, train
@@ -196,7 +196,13 @@ def test_meta_training_shows_a_first_picture_and_can_be_extended(tmp_path, monke
     )  # fmt: skip
     monkeypatch.setattr("experiments.meta_train.FIRST_FIGURE", 2)
     seen = []
-    monkeypatch.setattr("experiments.meta_train._Session.validate", lambda self: seen.append(self.run.path) or 0.0)
+
+    def validate(session):
+        seen.append(session.run.path)
+        artifacts.save(session.trainer.component, session.run.path / ARTIFACT, {"meta_steps": 0})
+        return 0.0
+
+    monkeypatch.setattr("experiments.meta_train._Session.validate", validate)
     out = tmp_path / "run"
     meta_train(MetaTrain(recipe, out=out), ["meta-train"])
     assert is_picture(out / TRAINING) and seen[0] == out, "drawn before the first validation"
@@ -209,6 +215,31 @@ def test_meta_training_shows_a_first_picture_and_can_be_extended(tmp_path, monke
     assert read_json(out / CONFIG)["meta_steps"] == 5
     with pytest.raises(UserError, match="validate_every was 100 and is 50"):
         meta_train(MetaTrain(dataclasses.replace(longer, validate_every=50), out=out, resume=True), ["meta-train"])
+
+
+def test_of_components_that_are_level_the_latest_is_kept(tmp_path, capsys):
+    """Whose outer steps are no steps at all."""
+    recipe = Recipe(
+        "tiny", "", "chain/short", "lpg", {"predictions": 3, "width": 4, "core": "gru"},
+        MetaTrainConfig(lifetimes=2, horizon=6, agent=AGENT, learning_rate=0.0, estimator=TruncatedConfig(window=2)),
+        meta_steps=3, validate_every=1, validation_tasks=2,
+    )  # fmt: skip
+    file = meta_train(MetaTrain(recipe, out=tmp_path / "run"), ["meta-train"])
+    assert artifacts.read_header(file)["provenance"]["meta_steps"] == 3
+    assert "best on validation tasks: after 3 meta-steps" in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_with_a_file_that_was_written_anew(tmp_path, file):
+    args = Train(objective=str(file), steps=20, checkpoints=1, episodes=1, config=AGENT, out=tmp_path / "run")
+    train("chain/short", args, ["train"])
+    longer = dataclasses.replace(args, resume=True)
+    train("chain/short", longer, ["train"])
+    learned = artifacts.load(file)
+    for weight in learned.parameters():
+        weight.data.add_(0.1)
+    artifacts.save(learned, file, learned.provenance)
+    with pytest.raises(UserError, match=r"sha256.objective was"):
+        train("chain/short", longer, ["train"])
 
 
 def test_lives_of_a_validation_may_be_shorter_than_those_of_meta_training(tmp_path, monkeypatch):

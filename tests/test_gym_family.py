@@ -12,6 +12,7 @@ from gymnasium import spaces
 
 from learned_rl import PPO, PPOConfig
 from learned_rl.agents import AgentConfig, ConvAgent
+from learned_rl.registry import make_family
 from learned_rl.tasks.gym import DEFAULT_TIME_LIMIT, GymFamily, GymVectorEnv
 from learned_rl.types import UserError
 
@@ -308,6 +309,8 @@ def test_an_unknown_id_is_a_user_error(wrong, near):
 def test_a_missing_module_is_a_user_error():
     with pytest.raises(UserError, match="no_such_module"):
         GymFamily("no_such_module:Thing-v0")
+    with pytest.raises(UserError, match="no_such_module"):
+        make_family("no_such_module:Thing-v0")
 
 
 def test_composite_observations_are_a_user_error(register):

@@ -260,6 +260,12 @@ def test_heads_of_one_name_must_agree_in_size():
         Algorithm(SMALL, slots).make_agent(experience.SPACES["mlp"], ProbeFamily("both").action_space)
 
 
+def test_a_target_for_a_divergence_that_nobody_says_is_refused():
+    config = PPOConfig(n_minibatches=1, target_kl=0.1)
+    with pytest.raises(UserError, match=r"^target_kl is 0\.1, but 'lpg' reports no approx_kl: expected none\."):
+        Algorithm(config, Slots.fill(config, objective=LPG()))
+
+
 def test_a_component_in_the_wrong_slot_is_refused():
     with pytest.raises(UserError, match="'same_reward' fits the slot 'reward', not 'objective'"):
         Slots.fill(SMALL, objective=SameReward())

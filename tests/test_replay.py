@@ -252,6 +252,29 @@ def test_a_life_that_only_fills_its_replay_is_refused():
         learning_curves(GridFamily("small"), Algorithm(REPLAYING, Slots.fill(REPLAYING)), 1)
 
 
+def test_plain_training_that_only_fills_its_replay_is_refused():
+    ppo = PPO("grid/small", REPLAYING)
+    with pytest.raises(UserError, match=r"^1 rollouts of 2 trajectories do not fill"):
+        ppo.learn(ppo.per_update)
+    assert ppo.steps == 0
+    ppo.learn(ppo.per_update, schedule=2 * ppo.per_update)  # a part of a longer life
+    assert ppo.steps == ppo.per_update
+
+
+def test_rewards_in_no_finite_number_are_told_of_before_there_is_an_update():
+    ppo, told = PPO("grid/small", REPLAYING, seeds=3), []
+    collect = ppo.lifetimes.collect
+
+    def collected(inner):
+        trajectory = collect(inner)
+        trajectory.reward[0, :2] = math.nan
+        return trajectory
+
+    ppo.lifetimes.collect = collected
+    ppo.learn(3 * ppo.per_update, lambda steps, metrics: told.append(metrics["broken"]))
+    assert told[0] == 2 and len(told) == 3
+
+
 def test_of_a_single_trajectory_an_update_is_that_without_replay():
     config = dataclasses.replace(REPLAYING, n_envs=1, replay_capacity=1, replay_batch=1, n_epochs=3, n_minibatches=2)
     catch = CatchFamily("5x5")

@@ -243,7 +243,7 @@ def test_training_curves_show_what_was_logged(tmp_path):
     assert [ax.get_title() for ax in figure.axes][:3] == ["inner/return", "meta/loss", "zeta0"]
     assert len(figure.axes) == PANELS and "12 of 14" in figure._supxlabel.get_text()
     assert figure.axes[0].lines[0].get_marker() == "o"
-    assert {ax.get_xlabel() for ax in figure.axes} == {"meta-updates"}
+    assert {ax.get_xlabel() for ax in figure.axes} == {"meta-steps"}
     raw, smooth = figure.axes[1].lines
     assert np.isnan(raw.get_ydata()[30]) and smooth.get_ydata().tolist() == [3.0] * 60
 

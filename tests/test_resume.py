@@ -16,8 +16,7 @@ import pytest
 import torch
 
 from experiments.cli import main
-from experiments.meta_train import ARTIFACT
-from experiments.runs import CHECKPOINT, METRICS, SCORES
+from experiments.runs import ARTIFACT, CHECKPOINT, METRICS, SCORES
 from learned_rl import artifacts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="SIGKILL is POSIX's")]

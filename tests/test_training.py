@@ -158,6 +158,21 @@ def test_any_module_is_an_agent():
     assert (ppo.evaluate(episodes=5, greedy=True) == 1).all()
 
 
+def test_evaluations_have_luck_of_their_own():
+    """One for each seed, and each point of a learning curve; the same again for the same."""
+
+    def told(seed, steps=0, drawn=None):
+        ppo = PPO("catch/5x5", seed=seed)
+        ppo.lifetimes.population.theta.data.zero_()  # all alike
+        ppo.steps = steps
+        return ppo.evaluate(episodes=64, seed=drawn).item()
+
+    assert len({told(0), told(1), told(0, steps=64), told(1, steps=64)}) == 4
+    assert told(3) == told(3) and told(0, drawn=5) == told(1, steps=64, drawn=5)
+    with pytest.raises(UserError, match="episodes is 0"):
+        PPO("catch/5x5").evaluate(episodes=0)
+
+
 def test_any_module_takes_the_heads_that_a_component_needs():
     factory = Factory()
     ppo = PPO(ProbeFamily("both", as_numbers=True), TINY, objective=LPG(predictions=3, width=4), agent=factory)

@@ -59,7 +59,7 @@ def _critic(hidden: int, learning_rate: float) -> OuterCriticConfig:
 RECIPES = (
     Recipe(
         name="disco-catch",
-        about="Disco from random weights on Catch, as published",
+        about="Disco from random weights on Catch, of the published sizes",
         family="catch/5x5",
         component="disco103",
         meta_steps=800,

@@ -130,6 +130,8 @@ def agent_space(
     read -= unread(config, objective, observation_space)
     if objective is not None and math.isinf(config.hyper.max_grad_norm):
         read.discard("max_grad_norm")  # there is none in how it was made or trained
+    if config.replay_capacity:
+        read.discard("n_steps")  # the trajectories that it keeps: long ones never fill it in a short life
     if names is not None:
         read &= {*names, "prediction_coef"}
     return {path: space for path, space in known.items() if path.rpartition(".")[2] in read}

@@ -220,7 +220,7 @@ def test_examples_run_as_printed_but_shorter(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     said = {}
     for block in blocks(read(name), "python"):
-        shorter = re.sub(r"learn\([\d_]+\)", "learn(1)", block)
+        shorter = re.sub(r"learn\([\d_]+\)", "learn(100)", block)
         exec(re.sub(r"seeds=\d+", "seeds=1", shorter), said)
     assert said
 

@@ -74,7 +74,8 @@ class Hyper:
 
     def __post_init__(self) -> None:
         at_most_one = ("gamma", "gae_lambda", "vtrace_alpha")
-        names = ("learning_rate", *at_most_one, "clip_range", "clip_range_vf", "max_grad_norm")
+        weights = ("pg_coef", "vf_coef", "prediction_coef", "aux_coef")  # of entropy one may be below 0
+        names = ("learning_rate", *at_most_one, *weights, "clip_range", "clip_range_vf", "max_grad_norm")
         numbers = {k: v for k in names if isinstance(v := getattr(self, k), float | int)}
         at_least(0, **numbers)
         for name in at_most_one:

@@ -6,19 +6,20 @@ import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
 from typing import Self
 
 import torch
 from torch import Tensor
 
 from learned_rl import artifacts
-from learned_rl.component import Component, Objective, UpdateRule
+from learned_rl.component import SLOTS, Component, Objective, UpdateRule
 from learned_rl.evaluation import episode_returns
 from learned_rl.lifetimes import Episodes, Lifetimes, under
 from learned_rl.ppo import AgentFactory, Algorithm, PPOConfig, Slots
 from learned_rl.registry import make_family
 from learned_rl.tasks.base import TaskFamily
-from learned_rl.types import Tasks, Tree, at_least, stream_seed
+from learned_rl.types import Tasks, Tree, UserError, at_least, stream_seed
 
 Plug = Component | str | Path | Callable[[], Component] | None
 #: Called after every update with the environment steps of one seed so far and what to log.
@@ -62,13 +63,10 @@ class PPO:
     ) -> None:
         at_least(1, seeds=seeds)
         self.family = make_family(env) if isinstance(env, str) else env
-        plugged = {
-            "objective": _component(objective),
-            "reward": _component(reward),
-            "hyperparameters": _component(hyperparameters),
-            "auxiliary": _component(auxiliary),
-            "optimizer": _component(optimizer),
-        }
+        _is_a(TaskFamily, "gymnasium id, a family/preset or a TaskFamily", env=self.family)
+        _is_a(PPOConfig | None, "PPOConfig", config=config)
+        given = (objective, reward, hyperparameters, auxiliary, optimizer)
+        plugged = {slot: _component(slot, plug) for slot, plug in zip(SLOTS, given, strict=True)}
         learned, rule = plugged["objective"], plugged["optimizer"]
         suited = learned if isinstance(learned, Objective) else None
         moving = rule if isinstance(rule, UpdateRule) else None
@@ -167,7 +165,15 @@ class PPO:
         self.lifetimes.load_state_dict(under("lifetimes", state))
 
 
-def _component(plug: Plug) -> Component | None:
+def _component(slot: str, plug: Plug) -> Component | None:
     if plug is None or isinstance(plug, Component):
         return plug
-    return artifacts.get(plug) if isinstance(plug, str | Path) else plug()
+    made = artifacts.get(plug) if isinstance(plug, str | Path) else plug() if callable(plug) else plug
+    _is_a(Component, "Component, its name, its file, or what makes one", **{slot: made})
+    return made
+
+
+def _is_a(kind: type | UnionType, expected: str, **given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, kind):
+            raise UserError(f"{name} is {value!r}: expected a {expected}.")

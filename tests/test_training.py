@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import gymnasium
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
@@ -156,6 +157,20 @@ def test_any_module_is_an_agent():
     assert (out.value - 1).abs().max() < 0.05
     assert (out.policy.logits.softmax(-1)[:, [0, 1], [0, 1]] > 0.9).all()
     assert (ppo.evaluate(episodes=5, greedy=True) == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"env": gymnasium.make("CartPole-v1")}, r"^env is <.*CartPole-v1>+: expected a gymnasium id, a family"),
+        ({"config": {"n_envs": 2}}, r"^config is \{'n_envs': 2\}: expected a PPOConfig\.$"),
+        ({"objective": 3}, r"^objective is 3: expected a Component, its name, its file, or what makes one\.$"),
+        ({"reward": lambda: 3}, r"^reward is 3: expected a Component"),
+    ],
+)
+def test_what_is_no_part_of_training_is_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        PPO(**{"env": "catch/5x5"} | given)
 
 
 def test_evaluations_have_luck_of_their_own():

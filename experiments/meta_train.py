@@ -225,10 +225,10 @@ def meta_train(args: MetaTrain, command: list[str], group: Group | None = None) 
         if session.validated != trainer.steps:
             session.validate()
         session.checkpoint()
+    trainer.check_moved()
     if group.first:
         kept = artifacts.read_header(folder / ARTIFACT)["provenance"]["meta_steps"]
         console.print(f"best on validation tasks: after {kept} meta-steps")
-    trainer.check_moved()
     return folder / ARTIFACT
 
 

@@ -105,7 +105,7 @@ def unread(config: PPOConfig, slots: Slots, plugged: Collection[str], observatio
         found |= {"agent.shared": name, "agent.value_support": name}
     if "objective" in plugged:
         found["normalize_advantage"] = name
-    if "hyperparameters" in plugged and not hasattr(numbers.config, "linear_decay"):
+    if "hyperparameters" in plugged and getattr(numbers.config, "linear_decay", None) != config.linear_decay:
         found["linear_decay"] = repr(numbers.name)
     if "optimizer" in plugged:
         found |= {"optimizer": repr(rule.name), "stop_denominator": repr(rule.name)}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import Space
 
 from experiments.config_file import early_option
 from experiments.interrupt import holding_interrupts
@@ -19,7 +20,7 @@ from experiments.plugs import Plugged, check_settings, file_digests, plugs
 from experiments.report import append_scores, conclude
 from experiments.runs import ARTIFACT, SCORES, Progress, Run, default_folder, sb3_tags
 from learned_rl import PPOConfig, __version__, artifacts
-from learned_rl.component import SLOTS, Objective, UpdateRule
+from learned_rl.component import SLOTS, Component, Objective, UpdateRule
 from learned_rl.evaluation import Curves
 from learned_rl.lifetimes import under
 from learned_rl.registry import components, make_family
@@ -81,7 +82,9 @@ class _Session:
         self.agent.config.check_learns(math.ceil(args.steps / self.agent.per_update))
         taken = [slot for slot in SLOTS if plugged[slot] is not None]
         space = self.agent.family.observation_space
-        check_settings(args.config, self._usual(), self.agent.algorithm.slots, taken, space)
+        slots = self.agent.algorithm.slots
+        usual = usual_settings(args.preset, {slot: part for slot, part in slots.items() if slot in taken}, space)
+        check_settings(args.config, usual, slots, taken, space)
         defaults = SelfTuningConfig(), SelfTuningConfig.suited(space)
         if not self.agent.learned and args.learned != [] and args.outer not in defaults:
             raise UserError(
@@ -94,15 +97,6 @@ class _Session:
         self.began, self.first = time.perf_counter(), 0
         self.unlogged: list[dict[str, float]] = []  # metrics of each update since the last record
         self.logged = 0  # environment steps then
-
-    def _usual(self) -> PPOConfig:
-        """The settings for a user who names none."""
-        args, slots = self.args, self.agent.algorithm.slots
-        if args.preset is not None:
-            return PPOConfig.a2c()
-        objective = slots.objective if args.objective is not None else None
-        rule = slots.optimizer if args.optimizer is not None else None
-        return PPOConfig.suited(objective, self.agent.family.observation_space, rule)
 
     def method(self) -> str:
         """Name of what runs: the objective or preset, and whatever is learned online."""
@@ -254,12 +248,22 @@ def suited(env: str, words: Sequence[str], estimator: str | None = None) -> Trai
     chosen = Plugged(learn=named["--learn"]).learned
     rates = [p.outer_rate for slot, p in parts.items() if (p.online if chosen is None else slot in chosen)]
     outer = SelfTuningConfig.suited(space, estimator, min(rates, default=SelfTuningConfig.learning_rate))
-    if (preset := named["--preset"]) is not None:
+    return Train(config=usual_settings(named["--preset"], parts, space), outer=outer)
+
+
+def usual_settings(preset: str | None, parts: Mapping[str, Component], observation_space: Space) -> PPOConfig:
+    """The settings for a user who names none beside these parts, slot -> component.
+
+    Raises:
+        UserError: no such preset.
+    """
+    if preset is not None:
         if preset not in PRESETS:
             raise unknown("preset", preset, PRESETS)
-        return Train(config=PPOConfig.a2c(), outer=outer)
+        return PPOConfig.a2c()
     objective, rule = parts.get("objective"), parts.get("optimizer")
-    suits = PPOConfig.suited(
-        objective if isinstance(objective, Objective) else None, space, rule if isinstance(rule, UpdateRule) else None
+    return PPOConfig.suited(
+        objective if isinstance(objective, Objective) else None,
+        observation_space,
+        rule if isinstance(rule, UpdateRule) else None,
     )
-    return Train(config=suits, outer=outer)

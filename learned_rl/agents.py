@@ -316,7 +316,7 @@ def agent_kind(config: AgentConfig, observation_space: gymnasium.Space) -> str:
     if kind == "auto":
         kind = "tabular" if discrete else "conv" if planes and shape is not None and min(shape[1:]) >= 3 else "mlp"
     fits = {"tabular": discrete, "mlp": not discrete, "conv": planes, "action_conditional": True}
-    if shape is None or not fits[kind]:
+    if shape is None or not fits.get(kind, False):
         raise UserError(
             f"An agent of kind {kind!r} does not take observations of {observation_space}: try kind='auto'."
         )

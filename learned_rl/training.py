@@ -174,6 +174,11 @@ def _component(slot: str, plug: Plug) -> Component | None:
 
 
 def _is_a(kind: type | UnionType, expected: str, **given: object) -> None:
+    """Checks what was given by these names.
+
+    Raises:
+        UserError: it is of another kind.
+    """
     for name, value in given.items():
         if not isinstance(value, kind):
             raise UserError(f"{name} is {value!r}: expected a {expected}.")

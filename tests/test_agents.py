@@ -466,3 +466,8 @@ def test_widths_of_an_action_conditional_agent_survive_as_plain_values():
     assert plain["agent"]["head_hidden"] == [6, 7] and PPOConfig.from_plain(plain) == config
     del plain["agent"]["model"], plain["agent"]["head_hidden"]  # as runs before there were such agents hold it
     assert PPOConfig.from_plain(plain).agent == AgentConfig("action_conditional", hidden=(3, 4))
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(UserError, match="An agent of kind 'mpl' does not take"):
+        make_agent(AgentConfig("mpl"), experience.SPACES["mlp"], experience.SPACES["tabular"])

@@ -385,6 +385,14 @@ def test_a_setting_that_nothing_reads_is_refused(tmp_path, env, plugged, path, v
     assert not (tmp_path / "refused").exists()
 
 
+def test_a_decay_that_learned_numbers_in_a_file_do_not_have_is_refused(tmp_path):
+    saved = tmp_path / "numbers.safetensors"
+    artifacts.save(make_component("self_tuned"), saved)
+    args = Train(hyperparameters=str(saved), config=dataclasses.replace(AGENT, linear_decay=True), out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"config\.linear_decay is True, but 'self_tuned' does not read it"):
+        train(CHAIN, args, ["train"])
+
+
 def test_a_file_of_settings_that_the_learned_method_does_not_read_is_refused(tmp_path, file):
     config = tmp_path / "settings.toml"
     config.write_text("[config.hyper]\nvf_coef = 0.125\n")
